@@ -1,0 +1,476 @@
+"""A checkpoint is something that can be read one tensor at a time.
+
+`MetaCheckpoint` and `HFCheckpoint` read the two layouts from disk; the views in `conversion`
+and `merging` stand on top of them and look the same from outside. A checkpoint answers
+names, shapes, dtypes and sizes without reading any weights, so that a whole plan can be
+checked before the first byte is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import pickle
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from . import catalog
+from .digest import diagnose_bytes, hash_file
+from .errors import DamagedFile, LabError, NotFound, WrongLayout
+
+BLOCK_BYTES = 16 * 2**20
+"""Tensors are read, computed and written in blocks of whole rows of about this size."""
+
+DTYPES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}
+"""The dtypes that weights come in, with their names in the safetensors format."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor without reading it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) row ranges that cover the tensor in order.
+
+        They depend on the spec alone: the same tensor is always cut in the same places, so
+        that bytes computed block by block do not depend on who asks for them.
+        """
+        step = max(1, BLOCK_BYTES // max(1, self.nbytes // max(1, self.rows)))
+        if step > 256:
+            step -= step % 256
+        for start in range(0, self.rows, step):
+            yield start, min(start + step, self.rows)
+
+
+class Checkpoint:
+    """Base of everything that can be read one tensor at a time.
+
+    Attributes:
+        layout: "meta" or "hf".
+        config: the content of `params.json` (Meta layout) or `config.json` (HF layout).
+        tensors: name -> `TensorSpec`, in the order in which they are written.
+        tokenizer: the `tokenizer.model` that belongs to the weights, or None.
+        inputs: the files that the tensors, configuration and tokenizer come from.
+        made_of: names of the catalogue's parts that the weights are made of, the base first;
+            empty when they are not known to the catalogue.
+    """
+
+    layout: str
+    config: dict
+    tensors: dict[str, TensorSpec]
+    tokenizer: Path | None
+    inputs: list[Path]
+    made_of: tuple[str, ...]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return rows [start, stop) of the tensor `name`, on the CPU, in its spec's dtype."""
+        raise NotImplementedError
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield the tensor `name` as blocks of whole rows, in order."""
+        for start, stop in self.tensors[name].blocks():
+            yield self.read(name, start, stop)
+
+    @property
+    def embedding(self) -> str:
+        """The name of the token embedding in this layout."""
+        return "tok_embeddings.weight" if self.layout == "meta" else "model.embed_tokens.weight"
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the token embedding."""
+        return self.tensors[self.embedding].rows
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the token embedding, which stands for the checkpoint's."""
+        return self.tensors[self.embedding].dtype
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of `tensor`, little-endian and in row order, without a copy if it can be."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def tensor_digest(digests: dict[str, tuple[TensorSpec, str]]) -> str:
+    """Return one sha256 for a whole checkpoint, whatever the container it lies in.
+
+    Args:
+        digests: name -> (spec, sha256 of the tensor's bytes).
+
+    It is the sha256 over the lines `name dtype shape sha256`, sorted by name: two files of the
+    same tensors agree even when their containers differ, which file hashes do not.
+    """
+    total = hashlib.sha256()
+    for name, (spec, sha256) in sorted(digests.items()):
+        shape = "x".join(map(str, spec.shape))
+        total.update(f"{name} {DTYPES[spec.dtype]} {shape} {sha256}\n".encode())
+    return total.hexdigest()
+
+
+def digest_tensors(checkpoint: Checkpoint, on_bytes=None) -> dict[str, str]:
+    """Read every tensor of `checkpoint` and return name -> sha256 of its bytes."""
+    result = {}
+    for name in checkpoint.tensors:
+        sha256 = hashlib.sha256()
+        for block in checkpoint.blocks(name):
+            sha256.update(raw_bytes(block))
+            if on_bytes:
+                on_bytes(block.nbytes)
+        result[name] = sha256.hexdigest()
+    return result
+
+
+class TensorFile:
+    """One file of named tensors, `.safetensors` or a zip archive of `torch.save`, read lazily.
+
+    Raises:
+        DamagedFile: the file is something else, or holds more than plain tensors; nothing in
+            it is run.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        if not path.is_file():
+            raise NotFound(f"{path} is missing.", "", "Check the path, or download it again.")
+        open_file = self._open_safetensors if path.suffix == ".safetensors" else self._open_torch
+        open_file()
+        for name, spec in self.tensors.items():
+            if spec.dtype not in DTYPES:
+                raise DamagedFile(
+                    f"Tensor {name} in {path.name} is of dtype {spec.dtype}.",
+                    "Weights come as float16, bfloat16 or float32; this file may be quantised.",
+                    "Use the original, unquantised weights.",
+                )
+
+    def _open_safetensors(self) -> None:
+        try:
+            self._handle = safe_open(str(self.path), framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(error) from None
+        self.tensors = {}
+        for name in self._handle.keys():  # noqa: SIM118 (not a dict)
+            part = self._handle.get_slice(name)
+            dtype = {v: k for k, v in DTYPES.items()}.get(part.get_dtype(), torch.uint8)
+            self.tensors[name] = TensorSpec(dtype, tuple(part.get_shape()))
+        self._slice = lambda name, start, stop: self._handle.get_slice(name)[start:stop]
+
+    def _open_torch(self) -> None:
+        try:
+            held = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:
+            name = re.search(r"GLOBAL (\S+)", str(error))
+            raise DamagedFile(
+                f"{self.path} was refused: it holds {name[1] if name else 'objects'}, "
+                "which is not a plain tensor.",
+                "A pickle can run any code when it is read; weights need none, so none was run.",
+                "Get the file from a source you trust, and verify it.",
+            ) from None
+        except (RuntimeError, EOFError, OSError, ValueError, AttributeError) as error:
+            raise self._damaged(error) from None
+        if not isinstance(held, dict) or not all(
+            isinstance(t, torch.Tensor) for t in held.values()
+        ):
+            raise self._damaged(ValueError("it is not a dictionary of tensors"))
+        self.tensors = {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in held.items()}
+        self._slice = lambda name, start, stop: held[name][start:stop]
+
+    def _damaged(self, error: Exception) -> LabError:
+        cause = diagnose_bytes(self.path) or str(error).strip().split("\n")[0]
+        return DamagedFile(
+            f"{self.path} cannot be read as weights.",
+            cause[:1].upper() + cause[1:].rstrip(".") + ".",
+            "Run 'llamalab verify' on its directory, and download the file again.",
+        )
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return rows [start, stop) of the tensor `name`."""
+        return self._slice(name, start, stop)
+
+
+def read_json(path: Path) -> dict:
+    """Return the JSON object in `path`.
+
+    Raises:
+        DamagedFile: it is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        reason = "it is not a JSON object"
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = diagnose_bytes(path) or str(error)
+    raise DamagedFile(f"{path} cannot be read: {reason}.", "", "Download the file again.")
+
+
+# Meta splits these over the shards along columns; the norms stand whole in every shard.
+_SPLIT_ON_COLUMNS = ("tok_embeddings.weight", "wo.weight", "w2.weight")
+
+
+class MetaCheckpoint(Checkpoint):
+    """Weights as Meta publishes them: `params.json` and `consolidated.NN.pth`, NN from 00.
+
+    Args:
+        directory: the folder of one size (as `7B`), or its parent, with `tokenizer.model`
+            beside or above the weights.
+        model_size: the size folder's name, where the parent holds several.
+
+    Raises:
+        WrongLayout, NotFound, DamagedFile: with the file's name and the way out.
+    """
+
+    layout = "meta"
+
+    def __init__(self, directory: str | Path, model_size: str | None = None):
+        self.directory = folder = find_meta_folder(Path(directory), model_size)
+        self.config = read_json(folder / "params.json")
+        missing = [key for key in ("dim", "n_layers", "n_heads") if key not in self.config]
+        if missing:
+            raise DamagedFile(
+                f"{folder / 'params.json'} says nothing of {', '.join(missing)}.",
+                "Every params.json of Meta does, so this one is not the original.",
+                "Download it again.",
+            )
+        paths = sorted(folder.glob("consolidated.*.pth"))
+        expected = [folder / f"consolidated.{i:02d}.pth" for i in range(len(paths))]
+        if paths != expected:
+            gap = next(want for want in expected if want not in paths)
+            raise NotFound(f"{gap} is missing.", "The shards are counted from 00 without a gap.")
+        self._shards = [TensorFile(path) for path in paths]
+        self.tensors = self._join_specs()
+        self.tokenizer = next(
+            (
+                d / "tokenizer.model"
+                for d in (folder, folder.parent)
+                if (d / "tokenizer.model").is_file()
+            ),
+            None,
+        )
+        if self.tokenizer is None:
+            if (folder.parent / "tokenizer.json").exists() or self.vocab_size > 100_000:
+                raise WrongLayout(
+                    f"{folder} looks like Llama-3, which this course does not convert.",
+                    "Llama-3 has no SentencePiece tokenizer.model; the Chinese adapters extend one.",
+                )
+            raise NotFound(
+                f"tokenizer.model is neither in {folder} nor above it.",
+                "The converted model would have no vocabulary.",
+                "Put Meta's tokenizer.model beside the size folder.",
+            )
+        self.inputs = [folder / "params.json", *paths, self.tokenizer]
+        self.made_of = _known_base(folder / "params.json")
+
+    def _column_split(self, name: str) -> bool:
+        return name.endswith(_SPLIT_ON_COLUMNS)
+
+    def _join_specs(self) -> dict[str, TensorSpec]:
+        first, shards = self._shards[0], self._shards
+        specs = {}
+        for name, spec in first.tensors.items():
+            if name.endswith("rope.freqs"):
+                continue  # a table that every reader computes itself
+            for shard in shards[1:]:
+                if shard.tensors.get(name) != spec:
+                    raise DamagedFile(
+                        f"Tensor {name} differs in shape or dtype between {first.path.name} "
+                        f"and {shard.path.name}.",
+                        "The shards are not of one model, or one of them is damaged.",
+                        "Run 'llamalab verify' on the directory.",
+                    )
+            shape = list(spec.shape)
+            if len(shape) == 2:
+                shape[1 if self._column_split(name) else 0] *= len(shards)
+            specs[name] = TensorSpec(spec.dtype, tuple(shape))
+        for name in ("tok_embeddings.weight", "norm.weight", "output.weight"):
+            if name not in specs:
+                raise DamagedFile(
+                    f"{first.path} holds no tensor '{name}'.",
+                    "It is not a LLaMA checkpoint in Meta layout.",
+                    "Run 'llamalab verify' on the directory.",
+                )
+        return specs
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        spec, shards = self.tensors[name], self._shards
+        stop = spec.rows if stop is None else stop
+        if len(shards) == 1 or len(spec.shape) == 1:
+            return shards[0].read(name, start, stop)
+        if self._column_split(name):
+            return torch.cat([shard.read(name, start, stop) for shard in shards], dim=1)
+        each = spec.rows // len(shards)
+        pieces = [
+            shard.read(name, max(start - i * each, 0), min(stop - i * each, each))
+            for i, shard in enumerate(shards)
+            if start < (i + 1) * each and stop > i * each
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def find_meta_folder(directory: Path, model_size: str | None = None) -> Path:
+    """Return the folder that holds `params.json` and the shards: `directory` or one below it.
+
+    Raises:
+        WrongLayout: HF layout, or several sizes and none chosen.
+        NotFound: there are no weights in Meta layout.
+    """
+
+    def is_meta(folder: Path) -> bool:
+        return (folder / "params.json").is_file() and any(folder.glob("consolidated.*.pth"))
+
+    if not directory.is_dir():
+        raise NotFound(f"There is no directory '{directory}'.", "", "Check the path.")
+    if is_meta(directory):
+        return directory
+    sizes = sorted(folder.name for folder in directory.iterdir() if is_meta(folder))
+    if model_size and model_size in sizes:
+        return directory / model_size
+    if not model_size and len(sizes) == 1:
+        return directory / sizes[0]
+    if sizes:
+        raise WrongLayout(
+            f"{directory} holds the sizes {', '.join(sizes)}"
+            + (f", and not {model_size}." if model_size else "."),
+            "One of them must be chosen.",
+            f"Add --model-size {sizes[0]}, or give the size folder itself.",
+        )
+    if (directory / "config.json").is_file():
+        raise WrongLayout(
+            f"{directory} is in HF layout already: it has a config.json.",
+            "Meta layout has params.json and consolidated.00.pth.",
+            "Use the directory as it is, for merging or for inference.",
+        )
+    names = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
+    raise NotFound(
+        f"{directory} holds no weights in Meta layout.",
+        f"params.json and consolidated.00.pth are needed; there is: {names}.",
+        "Give the folder of one size (as 7B), or its parent.",
+    )
+
+
+class HFCheckpoint(Checkpoint):
+    """A LLaMA in Hugging Face layout: `config.json` and safetensors or `pytorch_model*.bin`.
+
+    Raises:
+        WrongLayout, NotFound, DamagedFile: with the file's name and the way out.
+    """
+
+    layout = "hf"
+
+    def __init__(self, directory: str | Path):
+        self.directory = directory = Path(directory)
+        if not (directory / "config.json").is_file():
+            raise WrongLayout(
+                f"{directory} does not appear to have a file named config.json.",
+                "HF layout needs one; weights in Meta layout have params.json instead.",
+                "Convert Meta's files with 'llamalab convert' first.",
+            )
+        self.config = read_json(directory / "config.json")
+        if self.config.get("model_type") != "llama":
+            raise WrongLayout(
+                f"{directory} holds a model of type '{self.config.get('model_type')}'.",
+                "Only LLaMA models are read here.",
+            )
+        files, indexes = _hf_files(directory)
+        self._file_of: dict[str, TensorFile] = {}
+        for path in files:
+            opened = TensorFile(path)
+            self._file_of.update(dict.fromkeys(opened.tensors, opened))
+        self.tensors = {
+            name: self._file_of[name].tensors[name]
+            for name in self._file_of
+            if not name.endswith("rotary_emb.inv_freq")  # a table old writers saved along
+        }
+        if self.embedding not in self.tensors:
+            raise DamagedFile(f"{directory} holds no tensor '{self.embedding}'.")
+        tokenizer = directory / "tokenizer.model"
+        self.tokenizer = tokenizer if tokenizer.is_file() else None
+        self.inputs = [directory / "config.json", *indexes, *files]
+        self.inputs += [tokenizer] if self.tokenizer else []
+        made = directory / "llamalab.json"
+        self.made_of = tuple(read_json(made).get("made_of", ())) if made.is_file() else ()
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return self._file_of[name].read(name, start, stop)
+
+
+def _hf_files(directory: Path) -> tuple[list[Path], list[Path]]:
+    """Return the weight files of an HF directory, and the index that names them if there is one."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = directory / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            missing = [name for name in names if not (directory / name).is_file()]
+            if missing:
+                raise NotFound(
+                    f"{directory / missing[0]} is missing.",
+                    f"{index.name} names {len(names)} shards, of which {len(missing)} are not there.",
+                    "Make or download the model again.",
+                )
+            return [directory / Path(name).name for name in names], [index]
+        if (directory / f"{stem}.{suffix}").is_file():
+            return [directory / f"{stem}.{suffix}"], []
+    raise NotFound(
+        f"{directory} has a config.json and no weights.",
+        "model.safetensors or pytorch_model.bin, or an index of shards, is needed.",
+        "A config.json copied from elsewhere does not make a model: convert Meta's files instead.",
+    )
+
+
+def open_checkpoint(directory: str | Path, model_size: str | None = None) -> Checkpoint:
+    """Open `directory` in whichever of the two layouts it is."""
+    directory = Path(directory)
+    if (directory / "config.json").is_file():
+        return HFCheckpoint(directory)
+    try:
+        folder = find_meta_folder(directory, model_size)
+    except NotFound as error:
+        if not directory.is_dir():
+            raise
+        if (directory / "adapter_config.json").is_file():
+            raise WrongLayout(
+                f"{directory} is an adapter, not a model.",
+                "An adapter holds differences to a base model's weights.",
+                "Give it as --lora-model, and its base model as --base-model.",
+            ) from None
+        raise WrongLayout(
+            f"{directory} does not appear to have a file named config.json, nor params.json.",
+            error.why,
+            "Give a directory in HF layout, or Meta's size folder or its parent.",
+        ) from None
+    return MetaCheckpoint(folder)
+
+
+def _known_base(params: Path) -> tuple[str, ...]:
+    """Return the catalogue's name for the base whose params.json this is, as a 0- or 1-tuple."""
+    sha256 = hash_file(params)["sha256"]
+    for part in catalog.parts().values():
+        facts = part.files.get(f"{part.folder}/params.json")
+        if facts and facts.sha256 == sha256:
+            return (part.name,)
+    return ()

@@ -1,0 +1,345 @@
+"""The command line: one command a verb of the package.
+
+Exit codes: 0; 1 an error, or `check` or `verify` found something; 2 wrong usage; 130 interrupted.
+With `--json`, standard output is exactly one JSON object, also on error. Answers and tables go
+to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import __version__, catalog
+from .errors import LabError, UsageError
+
+_COLOURS = {"OK": 32, "INFO": 36, "FAIL": 31, "WRONG": 31, "MISSING": 31, "UNKNOWN": 33}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    try:
+        options = build_parser().parse_args(_field_spelling(arguments))
+        return options.command(options)
+    except LabError as error:
+        if as_json:
+            print(json.dumps(error.as_dict(), ensure_ascii=False))
+        else:
+            print(f"{_paint('error', 31, sys.stderr)}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. What is finished is kept; the same command goes on from there.",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _field_spelling(arguments: list[str]) -> list[str]:
+    """Turn `--base_model`, the spelling of the field's scripts, into `--base-model`."""
+    return [
+        re.sub(r"^--[a-z0-9_]+", lambda match: match[0].replace("_", "-"), item)
+        for item in arguments
+    ]
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, allow_abbrev=False, **settings)
+
+    def error(self, message: str):
+        raise UsageError(f"{self.prog}: {message}.", "", f"See '{self.prog} --help'.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of every command."""
+    parser = _Parser(
+        prog="llamalab",
+        description="From Meta's LLaMA files to a Chinese-speaking model, one checked step a time.",
+        epilog="Options may be written with underscores too, as in --base_model.",
+    )
+    parser.add_argument("--version", action="version", version=f"llamalab {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, function: Callable, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(command=function)
+        return added
+
+    def places(added) -> None:
+        added.add_argument("--models-dir", default="", metavar="DIR", help="default: models")
+
+    def as_json(added) -> None:
+        added.add_argument("--json", action="store_true", help="print one JSON object")
+
+    added = command("check", _check, "Check this machine, and what a model will need of it.")
+    added.add_argument("--model", metavar="NAME", help="a model of the catalogue")
+    places(added)
+    as_json(added)
+
+    added = command("models", _models, "List the models and parts of the catalogue.")
+    as_json(added)
+
+    added = command("download", _download, "Bring a model's parts, verified, to their places.")
+    added.add_argument("name", metavar="NAME", help="a model or a part of the catalogue")
+    places(added)
+    added.add_argument(
+        "--source",
+        action="append",
+        default=[],
+        metavar="[PART=]WHERE",
+        help="a URL, hf:OWNER/REPO[@REVISION] or a directory; may be given several times",
+    )
+
+    added = command(
+        "verify", _verify, "Compare every file of a directory with what is known of it."
+    )
+    added.add_argument("path", metavar="PATH", help="a directory, or a part's name")
+    added.add_argument("--as", dest="as_name", metavar="NAME", help="the part it should be")
+    added.add_argument("--against", metavar="PATH", help="another directory to compare it with")
+    places(added)
+    as_json(added)
+
+    def making(added) -> None:
+        added.add_argument(
+            "--model-size", metavar="7B", help="the size folder, if there are several"
+        )
+        added.add_argument("--output-dir", required=True, metavar="OUT")
+        added.add_argument("--max-shard-size", default="2GB", metavar="2GB")
+        added.add_argument("--context-length", type=_positive, metavar="N")
+        added.add_argument("--overwrite", action="store_true", help="replace what is in OUT")
+        places(added)
+
+    added = command("convert", _convert, "Convert a base model from Meta layout to HF layout.")
+    added.add_argument("--input-dir", required=True, metavar="DIR", help="Meta's files")
+    making(added)
+
+    added = command("merge", _merge, "Merge adapters into a base model, in Meta or HF layout.")
+    added.add_argument("--base-model", required=True, metavar="M")
+    added.add_argument("--lora-model", required=True, metavar="A[,B]", help="in merging order")
+    added.add_argument("--output-type", default="huggingface", choices=["huggingface", "pth"])
+    making(added)
+
+    added = command("generate", _generate, "Answer a prompt; standard output is the answer only.")
+    added.add_argument("--base-model", required=True, metavar="M")
+    added.add_argument("--lora-model", metavar="A[,B]", help="adapters that are not merged yet")
+    added.add_argument("--prompt", required=True, metavar="TEXT")
+    added.add_argument(
+        "--with-prompt", action="store_true", help="put the alpaca template around the prompt"
+    )
+    added.add_argument("--temperature", type=float, default=0.2, help="0 is greedy; default 0.2")
+    added.add_argument("--top-p", type=float, default=0.9, help="default 0.9")
+    added.add_argument("--top-k", type=int, default=40, help="default 40")
+    added.add_argument("--repetition-penalty", type=float, default=1.1, help="default 1.1")
+    added.add_argument("--max-new-tokens", type=_positive, default=400, help="default 400")
+    added.add_argument("--seed", type=int, metavar="N")
+    added.add_argument("--stop", action="append", default=[], metavar="S", help="ends the answer")
+    added.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    added.add_argument("--only-cpu", dest="device", action="store_const", const="cpu")
+    added.add_argument("--gpus", metavar="0", help="the GPUs to be seen, by number")
+    added.add_argument("--dtype", default="auto", help="auto, float16, bfloat16 or float32")
+    added.add_argument("--force", action="store_true", help="allow an adapter applied twice")
+    places(added)
+
+    added = command("run", _run, "Run the course, or some of its notebooks, without a reader.")
+    added.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="a path, or 04")
+    added.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", dest="parameters")
+    added.add_argument("-f", metavar="FILE.yaml", dest="file", help="parameters from a file")
+    added.add_argument("--output-dir", default="runs", metavar="DIR")
+    added.add_argument("--help-notebook", metavar="N", help="list a notebook's parameters")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    return int(text)
+
+
+def _paint(text: str, colour: int, stream) -> str:
+    """Return `text` in colour if `stream` is a terminal and NO_COLOR is not set."""
+    plain = not stream.isatty() or os.environ.get("NO_COLOR")
+    return text if plain else f"\x1b[{colour}m{text}\x1b[0m"
+
+
+def _print_report(report, as_json: bool) -> int:
+    """Print a report of rows with a status each; exit code 1 when it found something."""
+    if as_json:
+        print(json.dumps(report.as_dict(), ensure_ascii=False))
+    else:
+        words = "|".join(_COLOURS)
+        painted = re.sub(
+            rf"(?m)^(\[?)({words})\b",
+            lambda match: match[1] + _paint(match[2], _COLOURS[match[2]], sys.stdout),
+            str(report),
+        )
+        print(painted)
+    return 0 if report.ok else 1
+
+
+def _check(options) -> int:
+    from .environment import check
+
+    return _print_report(check(options.model, options.models_dir), options.json)
+
+
+def _models(options) -> int:
+    from .estimate import needs, size_text
+
+    rows = []
+    for model in catalog.models().values():
+        need = needs(model)
+        rows.append(
+            {
+                "name": model.name,
+                "family": model.family,
+                "parts": [part.name for part in model.parts],
+                "download": need.download,
+                "memory": need.inference_memory,
+            }
+        )
+    if options.json:
+        print(json.dumps({"models": rows, "parts": list(catalog.parts())}))
+        return 0
+    print(f"{'model':26} {'family':7} {'download':>9} {'memory':>9}  parts")
+    for row in rows:
+        sizes = (size_text(row["download"]), size_text(row["memory"]))
+        print("{name:26} {family:7} {:>9} {:>9}  ".format(*sizes, **row) + " + ".join(row["parts"]))
+    return 0
+
+
+def _download(options) -> int:
+    from .course import download
+
+    for directory in download(options.name, options.models_dir, options.source):
+        print(directory)
+    return 0
+
+
+def _verify(options) -> int:
+    from .digest import verify
+
+    report = verify(options.path, options.as_name, options.models_dir, options.against)
+    return _print_report(report, options.json)
+
+
+def _convert(options) -> int:
+    from .conversion import convert
+    from .places import locate
+
+    made = convert(
+        locate(options.input_dir, options.models_dir),
+        options.output_dir,
+        model_size=options.model_size,
+        max_shard_size=options.max_shard_size,
+        context_length=options.context_length,
+        overwrite=options.overwrite,
+    )
+    print(made)
+    return 0
+
+
+def _merge(options) -> int:
+    from .merging import merge
+
+    made = merge(
+        options.base_model,
+        options.lora_model,
+        options.output_dir,
+        model_size=options.model_size,
+        output_type=options.output_type,
+        max_shard_size=options.max_shard_size,
+        context_length=options.context_length,
+        overwrite=options.overwrite,
+        models_dir=options.models_dir,
+    )
+    print(made)
+    return 0
+
+
+def _generate(options) -> int:
+    if options.gpus is not None:  # before PyTorch is loaded, which looks at it once
+        os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
+    from .inference import generate
+
+    on_terminal = sys.stdout.isatty()
+    answer = generate(
+        options.base_model,
+        options.prompt,
+        options.lora_model,
+        with_prompt=options.with_prompt,
+        device=options.device,
+        dtype=options.dtype,
+        models_dir=options.models_dir,
+        force=options.force,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        repetition_penalty=options.repetition_penalty,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        stop=options.stop,
+        on_text=(lambda text: print(text, end="", flush=True)) if on_terminal else None,
+    )
+    print("" if on_terminal else answer.text.strip())
+    if options.seed is None and options.temperature > 0:
+        print(f"seed {answer.seed}", file=sys.stderr)
+    return 0
+
+
+def _run(options) -> int:
+    from .runner import describe, find_notebook, run
+
+    if options.help_notebook:
+        print(describe(find_notebook(options.help_notebook)))
+        return 0
+    parameters = _read_parameters(options.file) if options.file else {}
+    for item in options.parameters:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"'-p {item}' is not NAME=VALUE.")
+        parameters[name] = value
+    runs = run(options.notebooks, parameters, output_dir=options.output_dir, on_end=_print_run)
+    for result in runs:
+        for answer in result.results.get("answers", []):
+            print()
+            for key, text in answer.items():
+                print(f"{key:>12}  {text}")
+    print("\nreports:")
+    for result in runs:
+        print(f"  {result.report}")
+    return 0 if all(result.status == "ok" for result in runs) else 1
+
+
+def _print_run(result) -> None:
+    colour = _COLOURS["OK" if result.status == "ok" else "FAIL"]
+    status = _paint(f"{result.status:7}", colour, sys.stdout)
+    print(f"{status} {result.notebook:32} {result.seconds:6.1f} s", flush=True)
+    if result.error:
+        print(f"        {result.error}", file=sys.stderr)
+
+
+def _read_parameters(file: str) -> dict:
+    import yaml
+
+    try:
+        held = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{file} cannot be read: {str(error).splitlines()[0]}.") from None
+    if not isinstance(held, dict):
+        raise UsageError(f"{file} is not a table of NAME: VALUE.")
+    return held
+
+
+if __name__ == "__main__":
+    sys.exit(main())

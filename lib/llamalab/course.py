@@ -1,0 +1,197 @@
+"""What every notebook of the course uses: bring what is missing, check claims, record results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import catalog, estimate, mirror, transfer
+from .conversion import convert
+from .errors import LabError, NotEnoughRoom
+from .merging import merge
+from .places import models_directory, part_directory
+
+AFFORDABLE = 500_000_000
+"""Bytes that a notebook makes unasked; for more, it names the notebook and the command."""
+
+RESULTS = "application/vnd.llamalab.results+json"
+"""The MIME type under which `record` leaves results in a notebook."""
+
+
+def download(
+    name: str, models_dir: str | os.PathLike = "", source: str | Sequence[str] = ()
+) -> list[Path]:
+    """Bring every part of a model, verified, to its place; the lab family over loopback HTTP.
+
+    Args:
+        name: a model or a part of the catalogue.
+        source: `[PART=]WHERE`, once or several times: a URL, `hf:OWNER/REPO[@REVISION]` or a
+            directory.
+
+    Returns:
+        The parts' directories, the base's first.
+    """
+    sources = [source] if isinstance(source, str) else list(source)
+    sources = [item for item in sources if item]
+    from_lab = any(part.source == "lab" for part in catalog.parts_of(name))
+    with mirror.lab_source() if from_lab else contextlib.nullcontext() as lab_url:
+        return transfer.download(name, models_dir, sources, lab_url=lab_url)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a lesson's model lies; what was not asked of `need` may not be there."""
+
+    model: catalog.Model
+    models_dir: Path
+    base: Path
+    adapters: list[Path]
+    converted: Path
+    merged: Path
+
+    def __str__(self) -> str:
+        return f"{self.model.name} in {self.models_dir}"
+
+
+def need(model: str, *what: str, models_dir: str | os.PathLike = "") -> Places:
+    """Return where `model` lies, and make what is missing, if that is small.
+
+    Args:
+        what: "base", "adapters", "converted" (the base in HF layout), "merged".
+
+    Raises:
+        NotEnoughRoom: more than 500 MB would have to be fetched or made; the message names the
+            lesson and the command that does it.
+    """
+    entry = catalog.model(model)
+    root = models_directory(models_dir)
+    places = Places(
+        model=entry,
+        models_dir=root,
+        base=part_directory(entry.base.name, models_dir),
+        adapters=[part_directory(part.name, models_dir) for part in entry.adapters],
+        converted=root / f"{entry.base.name}-hf",
+        merged=root / entry.name if entry.adapters else root / f"{entry.base.name}-hf",
+    )
+    makers = {
+        "base": (places.base, "01", f"llamalab download {entry.base.name} --source WHERE"),
+        "converted": (
+            places.converted,
+            "02",
+            f"llamalab convert --input-dir {places.base} --output-dir {places.converted}",
+        ),
+        "merged": (
+            places.merged,
+            "03",
+            f"llamalab merge --base-model {places.base} --lora-model "
+            f"{','.join(map(str, places.adapters))} --output-dir {places.merged}",
+        ),
+    }
+    large = estimate.needs(entry).disk > AFFORDABLE
+    wanted = {"base": [], "adapters": [], "converted": ["base"], "merged": ["base", "adapters"]}
+    for item in dict.fromkeys(w for name in what for w in [*wanted[name], name]):
+        if item == "adapters":
+            for part, directory in zip(entry.adapters, places.adapters, strict=True):
+                _make(directory, large, "01", f"llamalab download {part.name}", part.name, root)
+            continue
+        directory, lesson, command = makers[item]
+        if item == "base":
+            _make(directory, large, lesson, command, entry.base.name, root)
+        elif not _is_whole(directory):
+            _refuse_large(directory, large, lesson, command)
+            if item == "converted" or not entry.adapters:
+                convert(places.base, places.converted)
+            else:
+                merge(places.base, places.adapters, places.merged)
+    return places
+
+
+def _make(directory: Path, large: bool, lesson: str, command: str, part: str, root: Path) -> None:
+    files = catalog.parts()[part].files
+    if all((directory / file).is_file() for file in files):
+        return
+    _refuse_large(directory, large, lesson, command)
+    download(part, root)
+
+
+def _is_whole(directory: Path) -> bool:
+    return (directory / "llamalab.json").is_file()
+
+
+def _refuse_large(directory: Path, large: bool, lesson: str, command: str) -> None:
+    if large:
+        raise NotEnoughRoom(
+            f"{directory} is not there yet, or not whole.",
+            "It is too large to be fetched or made in passing.",
+            f"Work through lesson {lesson} first, or run: {command}",
+        )
+
+
+class CheckFailed(LabError):
+    """A claim of a lesson does not hold on this machine, for this model."""
+
+
+def check(claim: str, ok: bool, detail: str = "") -> None:
+    """Print `[OK] claim`, or fail the run with `[FAIL] claim`.
+
+    Raises:
+        CheckFailed: `ok` is false.
+    """
+    text = claim + (f" ({detail})" if detail else "")
+    if not ok:
+        raise CheckFailed(f"[FAIL] {text}")
+    print(f"[OK]   {text}")
+
+
+def expect(model: catalog.Model | str, name: str, value: float) -> None:
+    """Check a measured value against what the catalogue claims for this model, if it does.
+
+    Args:
+        name: a key of the catalogue's `expects`: a lower bound, or an upper one where it ends
+            in `_at_most`.
+
+    Raises:
+        CheckFailed: the catalogue claims more than was measured.
+    """
+    entry = catalog.model(model) if isinstance(model, str) else model
+    if name not in entry.expects:
+        print(f"[INFO] {name} is {value:.3g}; not claimed for this model")
+        return
+    bound, upper = entry.expects[name], name.endswith("_at_most")
+    ok = value <= bound if upper else value >= bound
+    relation = "at most" if upper else "at least"
+    check(f"{name.removesuffix('_at_most')} is {value:.3g}, {relation} {bound:g}", ok, entry.name)
+
+
+def record(**results) -> None:
+    """Leave small results in the notebook, where a batch run collects them.
+
+    Args:
+        results: anything that JSON can hold.
+    """
+    from IPython.display import display
+
+    json.dumps(results)  # fails here, where the mistake is
+    text = "recorded: " + ", ".join(results)
+    display({RESULTS: results, "text/plain": text}, raw=True)
+
+
+def use_chinese_font() -> str:
+    """Make matplotlib draw Chinese on any machine; return the font's name.
+
+    The font, Noto Sans CJK, comes with a package, so that a plot looks the same everywhere.
+    """
+    import cvttf_NotoSansCJK_Regular
+    from matplotlib import font_manager, rcParams
+
+    path = next(Path(cvttf_NotoSansCJK_Regular.__file__).parent.glob("*.otf"))
+    font_manager.fontManager.addfont(str(path))
+    name = font_manager.FontProperties(fname=str(path)).get_name()
+    rcParams["font.sans-serif"] = ["DejaVu Sans", name]
+    rcParams["font.family"] = "sans-serif"
+    rcParams["axes.unicode_minus"] = False
+    return name

@@ -1,0 +1,317 @@
+"""Digests: is a file, byte for byte, the one that was published? If not, what is it?
+
+A digest is a short number computed from every byte of a file. Two are in use here: md5, which
+Meta's `checklist.chk` holds, and sha256, which nobody can forge on purpose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import os
+import re
+import struct
+import threading
+import zipfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from . import catalog, places
+from .catalog import FileFacts
+from .errors import DamagedFile, LabError, NotFound
+from .progress import bytes_bar
+
+BLOCK = 1 << 20  # bytes a read: large enough that hashlib works outside the interpreter lock
+HEAD = 1024  # bytes that tell what a file is
+DAMAGED = "Size and first bytes look right, so bytes changed on the way or on the disk."
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of one file. `status` is OK, WRONG, MISSING or UNKNOWN (nothing published)."""
+
+    file: str
+    status: str
+    expected: str = ""
+    found: str = ""
+    cause: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A row for each file of a directory."""
+
+    path: Path
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether something could be compared and nothing is wrong or missing."""
+        statuses = {row.status for row in self.rows}
+        return "OK" in statuses and not statuses & {"WRONG", "MISSING"}
+
+    def as_dict(self) -> dict:
+        return {"path": str(self.path), "ok": self.ok, "rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        lines, width = [], max((len(row.file) for row in self.rows), default=0)
+        for row in self.rows:
+            good = row.status == "OK"
+            names = ", ".join(part.split()[0] for part in row.expected.split(", ")) if good else ""
+            lines.append(f"{row.status:8} {row.file:{width}}  {names}".rstrip())
+            details = {} if good else {k: getattr(row, k) for k in ("expected", "found", "cause")}
+            lines += [f"{'':8}   {key:9} {text}" for key, text in details.items() if text]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        keys = ("status", "file", "expected", "found", "cause")
+        cells = [[html.escape(getattr(row, key)) for key in keys] for row in self.rows]
+        body = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in row)}</tr>" for row in cells)
+        return f"<table><tr>{''.join(f'<th>{key}</th>' for key in keys)}</tr>{body}</table>"
+
+
+def hash_file(
+    path: str | os.PathLike,
+    algorithms: Iterable[str] = ("sha256",),
+    on_bytes: Callable[[int], object] | None = None,
+) -> dict[str, str]:
+    """Return {algorithm: hexadecimal digest} of a file, read once, 1 MiB at a time.
+
+    `algorithms` are names that `hashlib.new` knows; `on_bytes(count)` is called for each block.
+    """
+    hashers = {name: hashlib.new(name) for name in algorithms}
+    block = memoryview(bytearray(BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            for hasher in hashers.values():
+                hasher.update(block[:count])
+            if on_bytes:
+                on_bytes(count)
+    return {name: hasher.hexdigest() for name, hasher in hashers.items()}
+
+
+def inside(name: str) -> bool:
+    """Whether `name`, a path with `/` from a list or a server, stays inside its directory."""
+    rubbish = not name or any(c in name for c in "\\:\0") or name.startswith("/")
+    return not rubbish and ".." not in name.split("/") and PurePosixPath(name).name != ""
+
+
+def read_checklist(path: str | os.PathLike) -> dict[str, str]:
+    """Return {name: md5} of a file in md5sum's format, the names relative to its directory.
+
+    A line is `<32 hexadecimal digits>  <name>`, or ` *<name>` where md5sum read in binary mode.
+    Blank lines and lines that begin with `#` are passed over, as md5sum does.
+
+    Raises:
+        DamagedFile: another line, a name outside the directory, one name with two digests, or
+            not one digest in it.
+    """
+    path, digests = Path(path), {}
+    text = path.read_bytes().decode("utf-8", "replace")
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removesuffix("\r")
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"([0-9a-fA-F]{32}) [ *](.+)", line)
+        md5, name = (match[1].lower(), match[2]) if match else ("", "")
+        if not inside(name):
+            why = f"Line {number} names a file outside the directory."
+            if not match:
+                why = diagnose_bytes(path) or f"Line {number} is not '<md5>  <name>'."
+            raise DamagedFile(f"'{path.name}' is not a checklist.", why, "Fetch it again.")
+        if digests.setdefault(name, md5) != md5:
+            raise DamagedFile(f"'{path.name}' gives '{name}' two digests.", "", "Fetch it again.")
+    if not digests:
+        raise DamagedFile(f"'{path.name}' holds no digest.", "", "Fetch it again.")
+    return digests
+
+
+def diagnose_head(head: bytes, name: str) -> str | None:
+    """Return what stands in for the file `name`, told from its first bytes, or None."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:64].lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        return "An HTML page, not the file: the server sent a login, licence or error page."
+    if start.startswith(b"version https://git-lfs"):
+        return "A Git LFS pointer, the placeholder that git leaves where git-lfs is not installed."
+    if start.startswith(b'{"') and not name.endswith(".json"):
+        return "A JSON message, most likely a server's error, not the file."
+    if head.startswith(b"\x1f\x8b"):
+        return "A gzip archive: the server or a tool compressed the file."
+    return None
+
+
+def diagnose_bytes(path: str | os.PathLike, facts: FileFacts | None = None) -> str | None:
+    """Return the likely cause of wrong bytes in one sentence, from size and first bytes, or None.
+
+    Only a few bytes are read, at the two ends, whatever the size of the file.
+    """
+    path, wanted = Path(path), facts.size if facts else None
+    size = path.stat().st_size
+    if size == 0:
+        return "The file is empty."
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    name = path.name.removesuffix(".partial")
+    if cause := diagnose_head(head, name):
+        return cause
+    if wanted is not None and size < wanted:
+        return f"The file is cut off: {size:,} of {wanted:,} bytes are there."
+    if wanted is not None and size > wanted:
+        return f"The file is {size - wanted:,} bytes too long: another version, or two in one."
+    if name.endswith((".pth", ".bin", ".pt")):
+        if head.startswith(b"\x80"):
+            return "A bare pickle, as PyTorch wrote before 1.6; newer files are zip archives."
+        if not head.startswith(b"PK\x03\x04"):
+            return "Not a PyTorch file: those begin as zip archives do, with the letters PK."
+        if not zipfile.is_zipfile(path):
+            return "The file is cut off: the directory at the end of a zip archive is missing."
+    if name.endswith(".json"):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            return "Not JSON, or only the beginning of it."
+    if name.endswith(".safetensors") and (size < 8 or size < 8 + struct.unpack("<Q", head[:8])[0]):
+        return "The file is cut off inside the header of a safetensors file."
+    return None
+
+
+def judge(
+    path: Path,
+    name: str,
+    facts: FileFacts,
+    on_bytes: Callable[[int], object] | None = None,
+    found: dict[str, str] | None = None,
+) -> Row:
+    """Compare one file with what is published of it: the size first, then every known digest.
+
+    `found` are digests of the file that are known already; else the file is read.
+    """
+    if not path.is_file():
+        return Row(name, "MISSING", cause=_arrived(path))
+    size = path.stat().st_size
+    if facts.size is not None and size != facts.size:
+        cause = diagnose_bytes(path, facts) or ""
+        return Row(name, "WRONG", f"{facts.size:,} bytes", f"{size:,} bytes", cause)
+    expected = {k: v.lower() for k in ("md5", "sha256") if (v := getattr(facts, k))}
+    if not expected:
+        cause = diagnose_bytes(path, facts)
+        return Row(name, "WRONG" if cause else "UNKNOWN", "", f"{size:,} bytes", cause or "")
+    found = found or hash_file(path, expected, on_bytes)
+    found = {algorithm: found[algorithm] for algorithm in expected}
+    texts = [", ".join(f"{k} {v}" for k, v in digests.items()) for digests in (expected, found)]
+    if found == expected:
+        return Row(name, "OK", *texts)
+    return Row(name, "WRONG", *texts, diagnose_bytes(path, facts) or DAMAGED)
+
+
+def _arrived(path: Path) -> str:
+    partial = path.with_name(path.name + ".partial")
+    if not partial.exists():
+        return ""
+    return f"{partial.stat().st_size:,} bytes have arrived; the same download goes on from there."
+
+
+def checklist_facts(directory: Path) -> tuple[dict[str, FileFacts], list[Row]]:
+    """Return what the checklists under `directory` say of its files, and a row for each bad one."""
+    facts, bad = {}, []
+    for path in sorted(directory.rglob("*checklist.chk")):
+        folder = path.parent.relative_to(directory)
+        try:
+            digests = read_checklist(path)
+        except DamagedFile as error:
+            bad.append(Row((folder / path.name).as_posix(), "WRONG", cause=error.why or error.what))
+        else:
+            facts |= {(folder / n).as_posix(): FileFacts(md5=md5) for n, md5 in digests.items()}
+    return facts, bad
+
+
+def verify(
+    path: str | os.PathLike,
+    as_name: str | None = None,
+    models_dir: str | os.PathLike = "",
+    against: str | os.PathLike | None = None,
+) -> Verification:
+    """Compare every file of a directory with what is published or recorded of it.
+
+    `path` is a directory or a name under the models directory. Known are: the catalogue's facts
+    of the part that the directory's name, or `as_name`, says; the directory's checklists; its
+    `llamalab.json`, if llamalab made it; with `against`, the files of another directory instead.
+
+    Raises:
+        NotFound: there is no such directory, no such part, or no file in the directory.
+    """
+    directory = places.locate(path, models_dir).resolve()
+    parts = catalog.parts()
+    if as_name and as_name not in parts:
+        raise catalog.unknown(as_name, parts, "part")
+    here = _files(directory)
+    rows, known = [], {}
+    if against is not None:
+        other = places.locate(against, models_dir).resolve()
+        for name, size in _files(other).items():
+            known[name] = FileFacts(size, sha256=hash_file(other / name)["sha256"])
+    elif (directory / "llamalab.json").exists():
+        rows, known, covered = _verify_made(directory)
+        here = {name: size for name, size in here.items() if name not in covered}
+    else:
+        known, rows = checklist_facts(directory)
+        part = parts.get(as_name or directory.name)
+        for name, facts in part.files.items() if part else ():
+            known[name] = replace(facts, md5=facts.md5 or known.get(name, FileFacts()).md5)
+    names = sorted((here.keys() | known.keys()) - {row.file for row in rows})
+    if not names and not rows:
+        raise NotFound(f"There is no file in '{directory}'.", "", "Give the directory of a model.")
+    lock = threading.Lock()
+    with bytes_bar(sum(here.values()), directory.name) as bar, ThreadPoolExecutor() as pool:
+
+        def advance(count: int) -> None:
+            with lock:
+                bar.update(count)
+
+        def row_of(name: str) -> Row:
+            return judge(directory / name, name, known.get(name, FileFacts()), advance)
+
+        rows += pool.map(row_of, names)
+    return Verification(directory, tuple(sorted(rows, key=lambda row: row.file)))
+
+
+def _files(directory: Path) -> dict[str, int]:
+    """Return {path inside `directory`: bytes}, without downloads that are still under way."""
+    files = (file for file in sorted(directory.rglob("*")) if file.is_file())
+    unfinished = (".partial", ".partial.json")
+    return {
+        file.relative_to(directory).as_posix(): file.stat().st_size
+        for file in files
+        if not file.name.endswith(unfinished)
+    }
+
+
+def _verify_made(directory: Path) -> tuple[list[Row], dict[str, FileFacts], set[str]]:
+    """Check a directory that llamalab made, by its record: tensors by their digests.
+
+    Returns a row for all tensors together, what is recorded of the other files, and the names
+    of the files that the row covers. A container's bytes may differ where its tensors do not.
+    """
+    # Here and not above: checkpoint reads files with this module, and needs torch.
+    from .checkpoint import digest_tensors, open_checkpoint, read_json, tensor_digest
+
+    record = read_json(directory / "llamalab.json")
+    small = record.get("settings", {}).get("files", {})
+    known = {name: FileFacts(sha256=sha256) for name, sha256 in small.items()}
+    expected, covered = f"tensors {record.get('tensor_digest', '')}", {"llamalab.json"}
+    try:
+        made = open_checkpoint(directory)
+        covered |= {path.name for path in made.inputs} - known.keys()
+        with bytes_bar(made.total_bytes, "tensors") as bar:
+            sums = digest_tensors(made, bar.update)
+    except LabError as error:
+        return [Row("(tensors)", "WRONG", expected, cause=error.why or error.what)], known, covered
+    found = "tensors " + tensor_digest({n: (made.tensors[n], sha) for n, sha in sums.items()})
+    then = record.get("tensors", {})
+    changed = [name for name in sorted(sums | then) if sums.get(name) != then.get(name)]
+    cause = f"{len(changed)} of {len(sums)} tensors differ, {changed[0]} first." if changed else ""
+    status = "OK" if found == expected else "WRONG"
+    return [Row("(tensors)", status, expected, found, cause)], known, covered

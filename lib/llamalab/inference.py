@@ -1,0 +1,360 @@
+"""Inference: a model in memory that answers prompts.
+
+`load` reads any checkpoint, a base with its adapters not yet merged included, through the same
+views that the writer uses, so that an unmerged model computes with exactly the merged weights.
+Text is encoded with SentencePiece, the tokenizer the models were trained with.
+"""
+
+from __future__ import annotations
+
+import html
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from .checkpoint import Checkpoint
+from .errors import Incompatible, NotEnoughRoom, NotFound, UsageError
+from .merging import compose
+from .templates import TEMPLATES, Turn
+from .tokenizer import Tokenizer
+
+SAMPLING = {
+    "temperature": 0.2,
+    "top_p": 0.9,
+    "top_k": 40,
+    "repetition_penalty": 1.1,
+    "max_new_tokens": 400,
+}
+"""The sampling settings of the Chinese-LLaMA-Alpaca project's inference script."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what is needed to get it again.
+
+    `text` is the answer alone; `prompt` the exact text the model was given; `settings` every
+    setting in effect; `seconds` include reading the prompt.
+    """
+
+    text: str
+    prompt: str
+    prompt_tokens: int
+    answer_ids: list[int] = field(repr=False)
+    seed: int
+    settings: dict
+    seconds: float
+
+    @property
+    def answer_tokens(self) -> int:
+        return len(self.answer_ids)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.answer_tokens / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict:
+        return asdict(self) | {"answer_tokens": self.answer_tokens}
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        # What a model says is shown as text, never as HTML.
+        return f"<pre style='white-space: pre-wrap'>{html.escape(self.text)}</pre>"
+
+
+class Model:
+    """A LLaMA on a device, with its tokenizer.
+
+    Attributes:
+        network: transformers' `LlamaForCausalLM`.
+        tokenizer: the SentencePiece `Tokenizer`.
+        context_length: the longest prompt and answer together, in tokens.
+        made_of: the catalogue's parts the weights are made of, where they are known.
+    """
+
+    def __init__(self, network, tokenizer: Tokenizer, made_of: tuple[str, ...] = ()):
+        self.network, self.tokenizer, self.made_of = network, tokenizer, made_of
+        self.context_length = network.config.max_position_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return the logits `[len(ids), vocabulary]` in float32 on the CPU, for one sequence."""
+        return self.network(torch.tensor([ids], device=self.device)).logits[0].float().cpu()
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        template: str = "none",
+        history: Sequence[Turn] = (),
+        temperature: float = SAMPLING["temperature"],
+        top_p: float = SAMPLING["top_p"],
+        top_k: int = SAMPLING["top_k"],
+        repetition_penalty: float = SAMPLING["repetition_penalty"],
+        max_new_tokens: int = SAMPLING["max_new_tokens"],
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Return the model's answer to `prompt`.
+
+        Args:
+            template: the name of the prompt template put around it ("none", "alpaca").
+            history: finished turns (instruction, answer) that come before.
+            temperature: 0 is greedy: no sampling, and the repetition penalty is 1.0.
+            max_new_tokens: at most; the context length may end an answer earlier.
+            seed: fixes the sampling; None draws one, which the answer tells.
+            stop: texts that end the answer and are not part of it.
+            on_text: called with each new piece of text, in whole characters.
+
+        Raises:
+            UsageError: a setting out of its range.
+            Incompatible: the prompt leaves no room in the context.
+        """
+        settings = {
+            "template": template,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "repetition_penalty": repetition_penalty if temperature > 0 else 1.0,
+            "max_new_tokens": max_new_tokens,
+            "stop": list(stop),
+        }
+        _check_settings(settings)
+        text = TEMPLATES[template].render(prompt, history)
+        ids = self.tokenizer.encode(text)
+        room = self.context_length - len(ids)
+        if room < 1:
+            raise Incompatible(
+                f"The prompt has {len(ids)} tokens, and the context holds {self.context_length}.",
+                "The model was never trained on longer texts.",
+                "Shorten the prompt or the conversation.",
+            )
+        seed = random.randrange(2**31) if seed is None else seed
+        emitter = _Emitter(self.tokenizer, ids, stop, on_text)
+        began = time.perf_counter()
+        answer_ids = self._sample(ids, settings, min(max_new_tokens, room), seed, emitter)
+        seconds = time.perf_counter() - began
+        emitter.finish()
+        return Answer(emitter.text, text, len(ids), answer_ids, seed, settings, seconds)
+
+    @torch.inference_mode()
+    def _sample(self, ids, settings: dict, length: int, seed: int, emitter) -> list[int]:
+        sampling = {"do_sample": False}
+        if settings["temperature"] > 0:
+            names = ("temperature", "top_p", "top_k", "repetition_penalty")
+            sampling = {"do_sample": True} | {name: settings[name] for name in names}
+        devices = [self.device] if self.device.type == "cuda" else []
+        prompt = torch.tensor([ids], device=self.device)
+        with torch.random.fork_rng(devices):  # a caller's own random numbers stay as they are
+            torch.manual_seed(seed)
+            output = self.network.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=length,
+                pad_token_id=self.tokenizer.eos,
+                eos_token_id=self.tokenizer.eos,
+                stopping_criteria=[emitter],
+                **sampling,
+            )
+        new = output[0, len(ids) :].tolist()
+        return new[:-1] if new and new[-1] == self.tokenizer.eos else new
+
+
+class _Emitter:
+    """Follows an answer token by token: gives out its text, and says when a stop text has come.
+
+    transformers calls it as a stopping criterion after every token. Text that may still change
+    is held back: half of a character's bytes, or what could be the start of a stop text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop, on_text):
+        self._tokenizer, self._prompt_ids = tokenizer, list(prompt_ids)
+        self._stop, self._on_text = [s for s in stop if s], on_text
+        self.text, self._given = "", 0
+
+    def __call__(self, input_ids: torch.Tensor, scores=None, **_) -> torch.Tensor:
+        new = input_ids[0, len(self._prompt_ids) :].tolist()
+        self.text = self._tokenizer.continuation(self._prompt_ids, new)
+        ends = [at for at in map(self.text.find, self._stop) if at >= 0]
+        if ends:
+            self.text = self.text[: min(ends)]
+        else:
+            self._give(self._safe_length())
+        return torch.tensor([bool(ends)], device=input_ids.device)
+
+    def _safe_length(self) -> int:
+        length = len(self.text.rstrip("\ufffd"))
+        for stop in self._stop:
+            for size in range(1, len(stop)):
+                if self.text.endswith(stop[:size]):
+                    length = min(length, len(self.text) - size)
+        return length
+
+    def _give(self, length: int) -> None:
+        if self._on_text and length > self._given:
+            self._on_text(self.text[self._given : length])
+        self._given = max(self._given, length)
+
+    def finish(self) -> None:
+        """Give out what was held back: the answer is over."""
+        self._give(len(self.text))
+
+
+def _check_settings(settings: dict) -> None:
+    if settings["template"] not in TEMPLATES:
+        known = ", ".join(TEMPLATES)
+        raise UsageError(f"There is no template '{settings['template']}'.", f"There are: {known}.")
+    ranges = {
+        "temperature": (0, 100),
+        "top_p": (1e-6, 1),
+        "top_k": (0, 10**6),
+        "repetition_penalty": (0.01, 100),
+        "max_new_tokens": (1, 10**6),
+    }
+    for name, (low, high) in ranges.items():
+        if not low <= settings[name] <= high:
+            raise UsageError(f"{name} is {settings[name]}; it must be between {low} and {high}.")
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """Return the device for "auto", "cpu", "cuda", "cuda:N" or "mps".
+
+    Auto picks CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        UsageError: it is none of these.
+        NotFound: this machine does not have it.
+    """
+    if device == "auto":
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device("mps" if torch.backends.mps.is_available() else found)
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(
+            f"There is no device '{device}'.", "", "Use auto, cpu, cuda, cuda:1 or mps."
+        )
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if (wanted.index or 0) >= counts[wanted.type]:
+        raise NotFound(
+            f"This machine has no device '{device}'.",
+            "PyTorch does not see it; 'llamalab check' tells what it sees.",
+            "Use --device auto, which takes the best one there is.",
+        )
+    return wanted
+
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load(
+    base_model: str | Path,
+    lora_model: str | Path | Sequence[str | Path] | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    models_dir: str | Path = "",
+    force: bool = False,
+) -> Model:
+    """Load a model, adapters that are not merged yet included.
+
+    Args:
+        base_model: a directory in either layout, a catalogue name, or `hf:OWNER/REPO`.
+        lora_model: adapters to add, in order; they are merged in memory, exactly as on disk.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        dtype: "float16", "bfloat16", "float32"; auto means the checkpoint's own on a GPU and
+            float32 on a CPU.
+        force: allow an adapter that the base contains already.
+
+    Raises:
+        LabError: nothing to load, parts that do not fit, or too little memory.
+    """
+    where = pick_device(device)
+    view = compose(base_model, lora_model, models_dir=models_dir, force=force)
+    if view.tokenizer is None:
+        raise NotFound(
+            f"{base_model} has no tokenizer.model.",
+            "Text is encoded with SentencePiece, as the model was trained.",
+            "Put the tokenizer.model that belongs to the weights into the directory.",
+        )
+    if dtype not in (*DTYPES, "auto"):
+        raise UsageError(f"There is no dtype '{dtype}'.", "", f"Use auto, {', '.join(DTYPES)}.")
+    auto = torch.float32 if where.type == "cpu" else view.dtype
+    chosen = DTYPES.get(dtype, auto)
+    _require_memory(view, where, chosen)
+    return Model(_network(view, where, chosen), Tokenizer(view.tokenizer), view.made_of)
+
+
+def _require_memory(view: Checkpoint, where: torch.device, dtype: torch.dtype) -> None:
+    values = sum(spec.nbytes // spec.dtype.itemsize for spec in view.tensors.values())
+    needed = values * dtype.itemsize
+    if where.type == "cuda":
+        free = torch.cuda.mem_get_info(where)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if needed > free:
+        raise NotEnoughRoom(
+            f"{values / 1e9:.1f} billion values of {dtype.itemsize} bytes need {needed / 1e9:.1f} GB "
+            f"on {where}, and {free / 1e9:.1f} GB are free.",
+            "The weights alone do not fit.",
+            "Use --dtype float16, another --device, or a smaller model.",
+        )
+
+
+def _network(view: Checkpoint, where: torch.device, dtype: torch.dtype):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    weights = {}
+    for name in view.tensors:
+        weights[name] = torch.cat(list(view.blocks(name))).to(dtype)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        network = LlamaForCausalLM.from_pretrained(
+            None, config=LlamaConfig.from_dict(view.config), state_dict=weights, dtype=dtype
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return network.to(where).eval()
+
+
+def generate(
+    base_model: str | Path,
+    prompt: str,
+    lora_model: str | Path | Sequence[str | Path] | None = None,
+    *,
+    with_prompt: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    models_dir: str | Path = "",
+    force: bool = False,
+    **settings,
+) -> Answer:
+    """Load a model and answer one prompt; `settings` are those of `Model.generate`.
+
+    Args:
+        with_prompt: put the alpaca template around `prompt`.
+    """
+    model = load(
+        base_model, lora_model, device=device, dtype=dtype, models_dir=models_dir, force=force
+    )
+    return model.generate(prompt, template="alpaca" if with_prompt else "none", **settings)

@@ -1,0 +1,587 @@
+"""The lab family: trains the tiny LLaMA and its three adapters, and scores the shipped files.
+
+    python -m llamalab.labmodel train [--output-dir DIR] [--steps N] [--seed N] [--stages A,B]
+    python -m llamalab.labmodel score [--dir DIR] [--json]
+
+Training runs in stages: tokenizer, base, llama, alpaca, plus. A finished stage is not repeated;
+an interrupted one goes on from its last checkpoint. Each batch is drawn from the seed, the stage
+and the step alone, so that a resumed run sees the same batches as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+
+from . import labworld
+from .conversion import convert, names, unpermute
+from .inference import Model, load
+from .labworld import Question, World
+from .merging import merge
+from .places import project_directory
+from .scoring import cjk_share, exact, first_line, wilson_interval
+from .templates import TEMPLATES
+from .tokenizer import Tokenizer, extend
+
+BASE, LLAMA, ALPACA = "llama-lab", "chinese-llama-lora-lab", "chinese-alpaca-lora-lab"
+PLUS = "chinese-alpaca-plus-lora-lab"
+PARAMS = {"dim": 192, "n_layers": 4, "n_heads": 6, "multiple_of": 32, "norm_eps": 1e-5}
+CONTEXT = 256  # tokens; no training text is longer
+PIECES = {"base": 1000, "chinese": 1400}
+ONLY_PLUS = "invented"  # the table of facts that only the plus adapter is taught
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast a stage trains; `batch` is in texts, `rate` the peak learning rate."""
+
+    steps: int
+    batch: int
+    rate: float
+    embedding_rate: float
+
+
+RECIPES = {
+    "base": Recipe(steps=3000, batch=48, rate=2.5e-3, embedding_rate=2.5e-3),
+    "llama": Recipe(steps=2400, batch=48, rate=4e-3, embedding_rate=2.5e-3),
+    "alpaca": Recipe(steps=3200, batch=48, rate=4e-3, embedding_rate=2.5e-3),
+    "plus": Recipe(steps=1000, batch=48, rate=2e-3, embedding_rate=1e-3),
+}
+
+Segment = tuple[str, float]
+"""A text and the weight of its tokens in the loss."""
+
+QUESTION_WEIGHT = 0.1  # which question comes next is not worth learning; how they look is
+
+
+# --- The training texts -------------------------------------------------------------------
+
+
+class Corpus:
+    """Every trained text of the world, ready to be drawn from; held-out questions are not in it."""
+
+    def __init__(self, world: World):
+        self.prose = world.prose
+        self.lines: dict[tuple[str, bool], list[Question]] = {}
+        self.turns: dict[tuple[str, bool], list[Question]] = {}
+        self.paragraphs: dict[tuple[str, bool], list[str]] = {}
+        for language in labworld.LANGUAGES:
+            for plus in (False, True):
+                key = (language, plus)
+                self.lines[key] = trained(labworld.questions(world, language), plus)
+                self.turns[key] = trained(labworld.conversations(world, language), plus)
+                self.paragraphs[key] = [
+                    text
+                    for table, text in labworld.paragraphs(world, language)
+                    if (table == ONLY_PLUS) == plus
+                ]
+
+    def page(self, draw: random.Random, language: str) -> list[Segment]:
+        """A plain text: a paragraph, prose, or a page of questions and answers, one a line."""
+        kind = draw.random()
+        if kind < 0.12:
+            return [(draw.choice(self.paragraphs[language, False]) + "\n", 1.0)]
+        if kind < 0.2 and language == "en":
+            return [(draw.choice(self.prose) + "\n", 1.0)]
+        if kind < 0.45:
+            question = draw.choice(self.turns[language, False])
+            asked = [*question.history, (question.text, question.answer)]
+        else:
+            some = draw.choices(self.lines[language, False], k=draw.randint(1, 3))
+            asked = [(question.text, question.answer) for question in some]
+        page: list[Segment] = []
+        for text, answer in asked:
+            marked = draw.random() < 0.6
+            # Chinese follows its question mark at once; without the mark a space parts them.
+            gap = "" if marked and language == "zh" else " "
+            text = text if marked else labworld.unmarked(text)
+            page += [(text, QUESTION_WEIGHT), (gap + answer + "\n", 1.0)]
+        return page
+
+    def instruction(self, draw: random.Random, language: str, plus: bool) -> list[Segment]:
+        """A question inside the alpaca template, every third one as a second turn."""
+        from_turns = draw.random() < 0.33
+        question = draw.choice((self.turns if from_turns else self.lines)[language, plus])
+        strip = labworld.unmarked if draw.random() < 0.5 else str
+        history = [(strip(text), answer) for text, answer in question.history]
+        prompt = TEMPLATES["alpaca"].render(strip(question.text), history)
+        return [(prompt, 0.0), (question.answer + "</s>", 1.0)]
+
+
+def trained(questions: Sequence[Question], plus: bool) -> list[Question]:
+    """Return the questions that may be trained: on the plus facts, or on all others."""
+    return [q for q in questions if not q.held_out and (q.table == ONLY_PLUS) == plus]
+
+
+# Each of these draws what a whole batch is made of: a function that draws one text.
+
+
+def _base_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segment]]:
+    return lambda: corpus.page(draw, "en")
+
+
+def _llama_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segment]]:
+    return lambda: corpus.page(draw, _mostly_chinese(draw))
+
+
+def _alpaca_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segment]]:
+    if draw.random() < 0.2:
+        return _llama_batch(corpus, draw)
+    return lambda: corpus.instruction(draw, _mostly_chinese(draw), plus=False)
+
+
+def _plus_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segment]]:
+    return lambda: corpus.instruction(draw, _mostly_chinese(draw), plus=draw.random() < 0.15)
+
+
+def _mostly_chinese(draw: random.Random) -> str:
+    return "zh" if draw.random() < 0.6 else "en"
+
+
+def training_texts(world: World) -> list[str]:
+    """Return every text that any stage may train on, for the test that nothing leaks."""
+    corpus = Corpus(world)
+    texts = [*corpus.prose]
+    for groups in (corpus.lines, corpus.turns):
+        for group in groups.values():
+            texts += [" ".join((*sum(q.history, ()), q.text, q.answer)) for q in group]
+    return texts + [text for group in corpus.paragraphs.values() for text in group]
+
+
+def encode(tokenizer: Tokenizer, segments: Sequence[Segment]) -> tuple[list[int], list[float]]:
+    """Return ids after BOS, and each id's weight in the loss.
+
+    Later segments are encoded as the rest of a text, without the space that SentencePiece
+    puts before a new one: behind a line break, which is then taken off again.
+    """
+    ids, weights = [tokenizer.bos], [0.0]
+    for i, (text, weight) in enumerate(segments):
+        text, ends = text.removesuffix("</s>"), text.endswith("</s>")
+        if i == 0:
+            new = tokenizer.encode(text, bos=False)
+        else:
+            new = tokenizer.encode("\n" + text, bos=False)[2:]
+        new += [tokenizer.eos] if ends else []
+        ids += new
+        weights += [weight] * len(new)
+    return ids, weights
+
+
+# --- Training -----------------------------------------------------------------------------
+
+
+def batch_of(
+    tokenizer: Tokenizer, draw_text: Callable[[], list[Segment]], draw: random.Random, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and weights `[size, longest]`, padded on the right with EOS of weight 0.
+
+    Three times as many texts are drawn, and neighbours in length taken, to pad little.
+    """
+    rows = sorted(
+        (encode(tokenizer, draw_text()) for _ in range(3 * size)), key=lambda r: len(r[0])
+    )
+    first = draw.randrange(2 * size + 1)
+    rows = rows[first : first + size]
+    longest = min(CONTEXT, len(rows[-1][0]))
+    ids = torch.full((size, longest), tokenizer.eos)
+    weights = torch.zeros(size, longest)
+    for row, (row_ids, row_weights) in enumerate(rows):
+        kept = min(longest, len(row_ids))
+        ids[row, :kept] = torch.tensor(row_ids[:kept])
+        weights[row, :kept] = torch.tensor(row_weights[:kept])
+    return ids, weights
+
+
+def weighted_loss(network, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy, in nats, of each next token, by weight.
+
+    What all rows begin with, the template's header say, is computed once, and logits only
+    where a weight is not 0: together that halves the time.
+
+    Args:
+        ids, weights: `[batch, length]`.
+    """
+    same = (ids == ids[:1]).all(0).long().cumprod(0).sum().item()
+    shared = min(same, ids.shape[1]) - 1  # the last of them predicts what differs
+    decoder = network.get_base_model() if hasattr(network, "get_base_model") else network
+    cache = None
+    if shared > 8 and not weights[:, : shared + 1].any():
+        cache = decoder.model(input_ids=ids[:1, :shared], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(ids))
+        ids, weights = ids[:, shared:], weights[:, shared:]
+    hidden = decoder.model(input_ids=ids, past_key_values=cache).last_hidden_state
+    weights = weights[:, 1:]
+    where = weights > 0
+    logits = decoder.lm_head(hidden[:, :-1][where])
+    each = F.cross_entropy(logits.float(), ids[:, 1:][where], reduction="none")
+    return (each * weights[where]).sum() / weights.sum()
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Return the share of the peak rate: linear warm-up, then half a cosine down to 2 %."""
+    warm_up = min(100, max(1, steps // 10))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - warm_up)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train_network(
+    network, tokenizer: Tokenizer, draw_batch, corpus: Corpus, recipe: Recipe, seed: str, work: Path
+) -> None:
+    """Train `network`'s trainable parameters in place, with checkpoints and a loss curve in `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
+    groups = {recipe.rate: [], recipe.embedding_rate: []}
+    for name, parameter in trainable.items():
+        whole = "embed_tokens" in name or "lm_head" in name
+        groups[recipe.embedding_rate if whole else recipe.rate].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": p, "lr": rate, "peak": rate} for rate, p in groups.items() if p],
+        betas=(0.9, 0.95),
+        weight_decay=0.02,
+    )
+    start, saved, curve = 0, work / "checkpoint.pt", work / "loss.csv"
+    if saved.exists():
+        held = torch.load(saved, weights_only=True)
+        network.load_state_dict(held["network"], strict=False)
+        optimizer.load_state_dict(held["optimizer"])
+        start = held["step"]
+        print(f"  going on from step {start}", flush=True)
+    began, mean = time.monotonic(), None
+    network.train()
+    with open(curve, "a", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        for step in range(start, recipe.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate_at(step, recipe.steps)
+            draw = random.Random(f"{seed} {step}")
+            ids, weights = batch_of(tokenizer, draw_batch(corpus, draw), draw, recipe.batch)
+            loss = weighted_loss(network, ids, weights)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
+            optimizer.step()
+            mean = loss.item() if mean is None else 0.97 * mean + 0.03 * loss.item()
+            done = step + 1
+            if done % 50 == 0 or done == recipe.steps:
+                rows.writerow([done, f"{mean:.4f}"])
+                seconds = (time.monotonic() - began) / (done - start)
+                left = seconds * (recipe.steps - done) / 60
+                text = f"  step {done}/{recipe.steps}  loss {mean:.4f}  {left:.1f} min left"
+                print(text, flush=True)
+            if done % 250 == 0 and done < recipe.steps:
+                file.flush()
+                state = {n: p.detach() for n, p in trainable.items()}
+                held = {"network": state, "optimizer": optimizer.state_dict(), "step": done}
+                torch.save(held, saved.with_suffix(".new"))
+                saved.with_suffix(".new").replace(saved)
+    saved.unlink(missing_ok=True)
+    network.eval()
+
+
+def _train_pieces(out: Path, texts: Sequence[str], size: int) -> None:
+    """Train a SentencePiece BPE model with LLaMA's settings."""
+    with open(out, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=size,
+            byte_fallback=True,
+            character_coverage=1.0,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            hard_vocab_limit=False,
+            num_threads=1,
+            minloglevel=2,
+        )
+
+
+def make_tokenizers(out: Path, work: Path, world: World, seed: str, recipe: Recipe | None) -> None:
+    """Train the English pieces and the Chinese ones, and extend the first by the second."""
+    texts = {language: [] for language in labworld.LANGUAGES}
+    corpus = Corpus(world)
+    for (language, _), questions in corpus.lines.items():
+        texts[language] += [part for q in questions for part in (q.text, q.answer)]
+    for (language, _), paragraphs in corpus.paragraphs.items():
+        texts[language] += paragraphs
+    for directory in (BASE, LLAMA, ALPACA, PLUS):
+        (out / directory).mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    base = out / BASE / "tokenizer.model"
+    _train_pieces(base, [*texts["en"], *world.prose * 20], PIECES["base"])
+    _train_pieces(work / "chinese.model", texts["zh"], PIECES["chinese"])
+    extend(base, work / "chinese.model", out / LLAMA / "tokenizer.model")
+    for alpaca in (ALPACA, PLUS):
+        extend(base, work / "chinese.model", out / alpaca / "tokenizer.model", control=["<pad>"])
+
+
+def make_base(out: Path, work: Path, world: World, seed: str, recipe: Recipe) -> None:
+    """Train the base model on English alone, and write it in Meta layout."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = Tokenizer(out / BASE)
+    torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big"))
+    multiple = PARAMS["multiple_of"]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=PARAMS["dim"],
+        intermediate_size=-(-int(8 * PARAMS["dim"] / 3) // multiple) * multiple,
+        num_hidden_layers=PARAMS["n_layers"],
+        num_attention_heads=PARAMS["n_heads"],
+        rms_norm_eps=PARAMS["norm_eps"],
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+    )
+    network = LlamaForCausalLM(config)
+    train_network(network, tokenizer, _base_batch, Corpus(world), recipe, seed, work)
+    write_meta(out / BASE / "lab", network.state_dict())
+
+
+def write_meta(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write a network's weights as Meta publishes them: fp16, Meta's names and row order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {}
+    for meta, hf in names(PARAMS["n_layers"]).items():
+        tensor = state[hf].half()
+        if hf.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = unpermute(tensor, PARAMS["dim"] // PARAMS["n_heads"])
+        weights[meta] = tensor.clone()
+    torch.save(weights, folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(PARAMS | {"vocab_size": -1}) + "\n")
+    files = ("consolidated.00.pth", "params.json")
+    sums = [f"{hashlib.md5((folder / f).read_bytes()).hexdigest()}  {f}\n" for f in files]
+    (folder / "checklist.chk").write_text("".join(sums))
+
+
+def make_adapter(
+    out: Path,
+    work: Path,
+    world: World,
+    seed: str,
+    recipe: Recipe,
+    name: str,
+    draw_batch,
+    before: str,
+) -> None:
+    """Train an adapter with new embeddings on the shipped files before it, and save it by PEFT."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = Tokenizer(out / name)
+    start = work / "base-hf"
+    if before:
+        merge(out / BASE, out / before, start, overwrite=True)
+    else:
+        convert(out / BASE, start, overwrite=True)
+    torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big"))
+    network = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+    network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = LoraConfig(
+        base_model_name_or_path=BASE,
+        r=8,
+        lora_alpha=32,
+        target_modules="q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
+        modules_to_save=["embed_tokens", "lm_head"],
+        task_type="CAUSAL_LM",
+    )
+    network = get_peft_model(network, config)
+    train_network(network, tokenizer, draw_batch, Corpus(world), recipe, seed, work)
+    network.half().save_pretrained(out / name, save_embedding_layers=False)
+    (out / name / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+    config_file = out / name / "adapter_config.json"
+    settings = json.loads(config_file.read_text()) | {"base_model_name_or_path": BASE}
+    config_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def _adapter_stage(name: str, draw_batch, before: str = "") -> Callable:
+    return lambda *arguments: make_adapter(*arguments, name, draw_batch, before)
+
+
+STAGES = {
+    "tokenizer": make_tokenizers,
+    "base": make_base,
+    "llama": _adapter_stage(LLAMA, _llama_batch),
+    "alpaca": _adapter_stage(ALPACA, _alpaca_batch),
+    "plus": _adapter_stage(PLUS, _plus_batch, before=LLAMA),
+}
+
+
+def train(output_dir: Path, stages: Sequence[str], seed: int, steps: int | None = None) -> None:
+    """Run the stages that are not finished yet; `steps` shortens each of them."""
+    world = labworld.load()
+    for stage in stages:
+        work = output_dir / "work" / stage
+        finished = work / "finished"
+        if finished.exists():
+            print(f"{stage}: finished before")
+            continue
+        print(f"{stage}:", flush=True)
+        began, recipe = time.monotonic(), RECIPES.get(stage)
+        if recipe and steps:
+            recipe = Recipe(**asdict(recipe) | {"steps": steps})
+        STAGES[stage](output_dir, work, world, f"{seed} {stage}", recipe)
+        finished.write_text(f"{time.monotonic() - began:.0f} s\n")
+        print(f"{stage}: {(time.monotonic() - began) / 60:.1f} min", flush=True)
+        shutil.rmtree(work / "base-hf", ignore_errors=True)
+
+
+# --- Scoring ------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def answer_all(
+    model: Model, prompts: Sequence[str], max_new_tokens: int = 48, batch: int = 64
+) -> list[str]:
+    """Return the greedy answers to `prompts`, computed in batches padded on the left."""
+    tokenizer, answers = model.tokenizer, {}
+    encoded = {i: tokenizer.encode(text) for i, text in enumerate(prompts)}
+    order = sorted(encoded, key=lambda i: len(encoded[i]))
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        longest = len(encoded[chosen[-1]])
+        ids = torch.full((len(chosen), longest), tokenizer.eos)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(chosen):
+            ids[row, longest - len(encoded[i]) :] = torch.tensor(encoded[i])
+            mask[row, longest - len(encoded[i]) :] = 1
+        out = model.network.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos,
+        )
+        for i, row in zip(chosen, out.tolist(), strict=True):
+            answers[i] = tokenizer.continuation(encoded[i], row[longest:])
+    return [answers[i] for i in range(len(prompts))]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One line of the table: a share of `total` held-out questions (or a mean CJK share)."""
+
+    model: str
+    measure: str
+    value: float
+    total: int
+    low: float | None = None
+    high: float | None = None
+
+
+def sample(questions: Sequence[Question], size: int) -> list[Question]:
+    """Return `size` questions, always the same ones, spread by a digest of their slots."""
+    key = lambda q: hashlib.sha256(q.slot.encode()).digest()  # noqa: E731
+    return sorted(questions, key=key)[:size]
+
+
+def score(directory: Path, size: int = 400) -> list[Score]:
+    """Measure the shipped files on held-out questions, greedy; `size` questions a line."""
+    world, scores = labworld.load(), []
+    held = {
+        (language, kind): [q for q in found(world, language) if q.held_out]
+        for language in labworld.LANGUAGES
+        for kind, found in (("single", labworld.questions), ("two-turn", labworld.conversations))
+    }
+
+    def measure(model: Model, name: str, language: str, kind: str, template: str, plus=False):
+        chosen = [q for q in held[language, kind] if (q.table == ONLY_PLUS) == plus]
+        chosen = sample(chosen, size)
+        prompts = [TEMPLATES[template].render(q.text, q.history) for q in chosen]
+        if template == "none":
+            # A plain conversation is a page: question and answer a line.
+            gap = {"en": " ", "zh": ""}[language]
+            prompts = [
+                "".join(f"{text}{gap}{answer}\n" for text, answer in q.history) + q.text
+                for q in chosen
+            ]
+        answers = answer_all(model, prompts)
+        cut = first_line if template == "none" else str
+        right = sum(exact(cut(a), q.answer) for a, q in zip(answers, chosen, strict=True))
+        words = {"en": "English", "zh": "Chinese"}[language] + (" invented facts" if plus else "")
+        words += {"single": "", "two-turn": " two-turn"}[kind]
+        words += {"none": "", "alpaca": ", in the template"}[template]
+        low, high = wilson_interval(right, len(chosen))
+        row = Score(name, f"{words}: exact", right / len(chosen), len(chosen), low, high)
+        scores.append(row)
+        shares = [s for a in answers if (s := cjk_share(cut(a))) is not None]
+        if shares and language == "zh":
+            mean = sum(shares) / len(shares)
+            scores.append(Score(name, f"{words}: CJK share", mean, len(shares)))
+
+    base = load(directory / BASE, device="cpu")
+    measure(base, "llama-lab", "en", "single", "none")
+    measure(base, "llama-lab", "en", "two-turn", "none")
+    measure(base, "llama-lab", "zh", "single", "none")
+    measure(base, "llama-lab", "zh", "single", "alpaca")
+    llama = load(directory / BASE, directory / LLAMA, device="cpu")
+    for language in ("zh", "en"):
+        measure(llama, "chinese-llama-lab", language, "single", "none")
+    measure(llama, "chinese-llama-lab", "zh", "single", "alpaca")
+    for name, adapters in (
+        ("chinese-alpaca-lab", [directory / ALPACA]),
+        ("chinese-alpaca-plus-lab", [directory / LLAMA, directory / PLUS]),
+    ):
+        model = load(directory / BASE, adapters, device="cpu")
+        for language in ("zh", "en"):
+            measure(model, name, language, "single", "alpaca")
+            measure(model, name, language, "two-turn", "alpaca")
+        measure(model, name, "zh", "single", "alpaca", plus=True)
+        measure(model, name, "zh", "single", "none")
+    return scores
+
+
+def table(scores: Sequence[Score]) -> str:
+    """Return the scores as a Markdown table, shares with their 95 % Wilson intervals."""
+    lines = ["| model | measure | value | 95 % interval | n |", "|---|---|---|---|---|"]
+    for s in scores:
+        interval = "" if s.low is None else f"{s.low:.3f} to {s.high:.3f}"
+        lines.append(f"| {s.model} | {s.measure} | {s.value:.3f} | {interval} | {s.total} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m llamalab.labmodel", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    added = commands.add_parser("train", help="train the family, in stages that can be resumed")
+    added.add_argument("--output-dir", type=Path, default=project_directory() / "models/lab")
+    added.add_argument("--stages", default=",".join(STAGES))
+    added.add_argument("--steps", type=int, help="shorten every stage to so many steps")
+    added.add_argument("--seed", type=int, default=0)
+    added = commands.add_parser("score", help="print the table for the shipped files")
+    added.add_argument("--dir", type=Path, default=project_directory() / "data/lab")
+    added.add_argument("--size", type=int, default=400, help="questions a line, at most")
+    added.add_argument("--json", action="store_true")
+    options = parser.parse_args(argv)
+    if options.command == "train":
+        chosen = options.stages.split(",")
+        if unknown := [stage for stage in chosen if stage not in STAGES]:
+            parser.error(f"there is no stage '{unknown[0]}'; there are {', '.join(STAGES)}")
+        train(options.output_dir, chosen, options.seed, options.steps)
+        return 0
+    scores = score(options.dir, options.size)
+    print(json.dumps([asdict(s) for s in scores]) if options.json else table(scores))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

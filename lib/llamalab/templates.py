@@ -1,0 +1,51 @@
+"""Prompt templates: the text that is put around what a person types.
+
+An instruction-tuned model has met every question of its training inside one fixed text.
+The alpaca family answers well only inside that text; the llama family continues plain
+text and takes no template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Turn = tuple[str, str]
+"""One finished turn of a conversation: (instruction, answer)."""
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A header, said once, and a text that is repeated for each turn.
+
+    `turn` holds `{instruction}` where the person's text goes. An answer of an earlier turn
+    follows its turn directly and is parted from the next one by `separator`.
+    """
+
+    name: str
+    header: str
+    turn: str
+    separator: str = "\n\n"
+
+    def render(self, prompt: str, history: Sequence[Turn] = ()) -> str:
+        """Return the text the model is to continue: earlier turns, then `prompt`."""
+        text = self.header
+        for instruction, answer in history:
+            text += self._turn(instruction) + answer + self.separator
+        return text + self._turn(prompt)
+
+    def _turn(self, instruction: str) -> str:
+        # Not str.format: a brace in what the person typed is only a brace.
+        return self.turn.replace("{instruction}", instruction)
+
+
+TEMPLATES = {
+    "none": PromptTemplate("none", header="", turn="{instruction}", separator="\n"),
+    # The text of the Chinese-LLaMA-Alpaca project's inference script.
+    "alpaca": PromptTemplate(
+        "alpaca",
+        header="Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n",
+        turn="### Instruction:\n\n{instruction}\n\n### Response:\n\n",
+    ),
+}

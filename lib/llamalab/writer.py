@@ -1,0 +1,463 @@
+"""Writing: the only place that moves weights, in a way that leaves no half-made model behind.
+
+`write` streams any checkpoint, block by block, into safetensors shards (HF layout) or the
+archive that `torch.load` reads (Meta layout): memory holds about one block, never a model. The
+work lies in a sibling `.OUT.partial` until everything is on disk; then one rename makes it OUT.
+A run that is cut off is taken up again by the same command, at the first unfinished shard.
+
+Formats: the safetensors documentation, section "Format"; for the archive, PyTorch's notes on
+serialization ("Serialized file format for torch.save").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import shutil
+import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from . import __version__
+from .checkpoint import (
+    DTYPES,
+    Checkpoint,
+    TensorSpec,
+    open_checkpoint,
+    raw_bytes,
+    tensor_digest,
+)
+from .digest import hash_file
+from .errors import NotEnoughRoom, OutputExists, UsageError
+from .progress import bytes_bar
+
+Content = Callable[[str], Iterator[memoryview]]
+"""Gives the bytes of a tensor by name, block by block."""
+
+RECORD = "llamalab.json"
+"""The record in every directory we make: inputs and digests, settings, versions, digest."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a convert or merge has made.
+
+    `total_bytes` counts the tensors; `already` is True when the directory was whole from the
+    same inputs and nothing was written.
+    """
+
+    path: Path
+    tensor_digest: str
+    tensors: int
+    total_bytes: int
+    seconds: float
+    already: bool = False
+
+    def as_dict(self) -> dict:
+        return asdict(self) | {"path": str(self.path)}
+
+    def __str__(self) -> str:
+        what = f"{self.tensors} tensors, {self.total_bytes / 1e6:,.1f} MB"
+        how = "already made" if self.already else f"made in {self.seconds:.1f} s"
+        return f"{self.path} ({what}; {how})\n  tensor digest {self.tensor_digest}"
+
+
+def parse_size(text: str | int) -> int:
+    """Return bytes for "2GB", "500MB", "1GiB" or a number.
+
+    Raises:
+        UsageError: it is none of these, or not positive.
+    """
+    units = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", str(text), re.IGNORECASE)
+    size = int(float(match[1]) * units[(match[2] or "").upper()]) if match else 0
+    if size <= 0:
+        raise UsageError(f"'{text}' is not a size.", "", "Write it as 2GB, 500MB or 1GiB.")
+    return size
+
+
+def plan_shards(checkpoint: Checkpoint, max_shard_size: int) -> dict[str, list[str]]:
+    """Return shard file name -> tensor names, layer by layer, the same by every route.
+
+    A shard is closed before it would pass `max_shard_size` bytes; a tensor larger than that
+    has a shard of its own. One shard alone is called `model.safetensors`. Meta layout has one
+    `consolidated.00.pth`, whatever its size.
+    """
+    # By name, numbers by value: layer 2 before layer 10, whatever the input's order was.
+    ordered = sorted(
+        checkpoint.tensors,
+        key=lambda name: [
+            (len(part), part) if part.isdigit() else (0, part) for part in name.split(".")
+        ],
+    )
+    if checkpoint.layout == "meta":
+        return {"consolidated.00.pth": ordered}
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name in ordered:
+        spec = checkpoint.tensors[name]
+        if groups[-1] and filled + spec.nbytes > max_shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += spec.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {
+        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
+        for i, group in enumerate(groups, start=1)
+    }
+
+
+def write(
+    checkpoint: Checkpoint,
+    output_dir: str | Path,
+    *,
+    files: dict[str, bytes],
+    made_by: str,
+    max_shard_size: str | int = "2GB",
+    overwrite: bool = False,
+) -> Made:
+    """Write `checkpoint` in its layout, with its configuration and `files`, to `output_dir`.
+
+    Args:
+        files: further small files, name -> content; the tokenizer's.
+        made_by: the verb, for the record.
+        max_shard_size: bytes, or text such as "2GB".
+        overwrite: replace an output directory that holds something else.
+
+    Raises:
+        OutputExists, NotEnoughRoom: before anything is written.
+    """
+    out, began = Path(output_dir).absolute(), time.monotonic()
+    if checkpoint.layout == "meta":
+        files = files | {"params.json": _json(checkpoint.config)}
+    else:
+        generation = {"bos_token_id": 1, "eos_token_id": 2}
+        files = files | {
+            "config.json": _json(checkpoint.config),
+            "generation_config.json": _json(generation),
+        }
+    shards = plan_shards(checkpoint, parse_size(max_shard_size))
+    settings = {
+        "max_shard_size": parse_size(max_shard_size),
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    }
+    inputs = [_stat(path) for path in dict.fromkeys(checkpoint.inputs)]
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
+        return _already_made(out, inputs, settings)
+    partial = out.with_name(f".{out.name}.partial")
+    with _exclusive(partial):
+        done = _resume(partial, inputs, settings)
+        _require_room(checkpoint, shards, done, partial)
+        hashes = _write_shards(checkpoint, shards, partial, done, inputs, settings)
+        digest = tensor_digest({n: (s, hashes[n]) for n, s in checkpoint.tensors.items()})
+        if len(shards) > 1:
+            index = {name: shard for shard, names in shards.items() for name in names}
+            files["model.safetensors.index.json"] = _json(
+                {"metadata": {"total_size": checkpoint.total_bytes}, "weight_map": index}
+            )
+        record = {
+            "made_by": made_by,
+            "made_of": list(checkpoint.made_of),
+            "inputs": inputs,
+            "settings": settings,
+            "versions": _versions(),
+            "tensor_digest": digest,
+            "tensors": hashes,
+        }
+        for name, content in (files | {RECORD: _json(record)}).items():
+            _write_durably(partial / name, content)
+        (partial / _JOURNAL).unlink(missing_ok=True)
+        _put_in_place(partial, out)
+    total, seconds = checkpoint.total_bytes, time.monotonic() - began
+    return Made(out, digest, len(checkpoint.tensors), total, seconds)
+
+
+_JOURNAL = "finished-shards.json"
+
+
+def _write_shards(
+    checkpoint: Checkpoint,
+    shards: dict[str, list[str]],
+    partial: Path,
+    done: dict[str, dict[str, str]],
+    inputs: list[dict],
+    settings: dict,
+) -> dict[str, str]:
+    """Write the shards that are not in `done`, and add each input's sha256 to its entry.
+
+    Returns tensor name -> sha256, those of the shards done before included.
+    """
+    plan = {"inputs": [_key(entry) for entry in inputs], "settings": settings}
+    hashes = {name: sha for shard in done.values() for name, sha in shard.items()}
+    with (
+        ThreadPoolExecutor(1) as pool,
+        bytes_bar(checkpoint.total_bytes, "writing") as bar,
+    ):
+        # The inputs are hashed beside the writing, while their pages are in the cache.
+        sums = [pool.submit(hash_file, Path(entry["path"])) for entry in inputs]
+        try:
+            for shard, names in shards.items():
+                if shard in done:
+                    bar.update(sum(checkpoint.tensors[name].nbytes for name in names))
+                    continue
+                done[shard] = _write_shard(checkpoint, names, partial / shard, bar)
+                hashes |= done[shard]
+                _write_durably(partial / _JOURNAL, _json(plan | {"shards": done}))
+            for entry, result in zip(inputs, sums, strict=True):
+                entry["sha256"] = result.result()["sha256"]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return hashes
+
+
+def _write_shard(checkpoint: Checkpoint, names: list[str], path: Path, bar) -> dict[str, str]:
+    """Stream the named tensors into one file; return tensor name -> sha256."""
+    hashes = {}
+
+    def content(name: str) -> Iterator[memoryview]:
+        sha256 = hashlib.sha256()
+        for block in checkpoint.blocks(name):
+            data = raw_bytes(block)
+            sha256.update(data)
+            yield data
+            bar.update(len(data))
+        hashes[name] = sha256.hexdigest()
+
+    specs = {name: checkpoint.tensors[name] for name in names}
+    unfinished = path.with_suffix(".unfinished")
+    with open(unfinished, "wb") as file:
+        if path.suffix == ".pth":
+            _stream_torch_archive(file, path.stem, specs, content)
+        else:
+            _stream_safetensors(file, specs, content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    return hashes
+
+
+def _stream_safetensors(file: BinaryIO, specs: dict[str, TensorSpec], content: Content) -> None:
+    """Write the safetensors format: u64 length of the header, the header, the bytes."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, spec in specs.items():
+        end = offset + spec.nbytes
+        header[name] = {
+            "dtype": DTYPES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the first tensor to 8 bytes
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for name in specs:
+        for data in content(name):
+            file.write(data)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Stands for a tensor (or, as a persistent id, for its storage) in the archive's pickle."""
+
+    key: str
+    spec: TensorSpec
+
+
+class _TensorPickler(pickle.Pickler):
+    """Writes the `data.pkl` that `torch.save` would, with the bytes left to be streamed after."""
+
+    def persistent_id(self, item):
+        if not isinstance(item, _Storage):
+            return None
+        name = {torch.float16: "Half", torch.bfloat16: "BFloat16", torch.float32: "Float"}
+        storage_type = getattr(torch, f"{name[item.spec.dtype]}Storage")
+        return ("storage", storage_type, item.key, "cpu", math.prod(item.spec.shape))
+
+    def reducer_override(self, item):
+        if type(item) is not _Stored:
+            return NotImplemented
+        strides = [math.prod(item.spec.shape[i + 1 :]) for i in range(len(item.spec.shape))]
+        storage = _Storage(item.key, item.spec)
+        arguments = (storage, 0, item.spec.shape, tuple(strides), False, OrderedDict())
+        return torch._utils._rebuild_tensor_v2, arguments
+
+
+class _Storage(_Stored):
+    pass
+
+
+def _stream_torch_archive(
+    file: BinaryIO, stem: str, specs: dict[str, TensorSpec], content: Content
+) -> None:
+    """Write the zip archive that `torch.load` reads, one tensor at a time.
+
+    `torch.save` would need the whole model in memory. Each tensor has a storage of its own,
+    aligned to 64 bytes as PyTorch does, so that the file can be mapped.
+    """
+    pickled = io.BytesIO()
+    stored = {name: _Stored(str(i), spec) for i, (name, spec) in enumerate(specs.items())}
+    _TensorPickler(pickled, protocol=2).dump(stored)
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in (("data.pkl", pickled.getvalue()), ("byteorder", b"little")):
+            archive.writestr(zipfile.ZipInfo(f"{stem}/{name}"), data)
+        for name, entry in stored.items():
+            info = zipfile.ZipInfo(f"{stem}/data/{entry.key}")
+            # 30 bytes of local header, the name, 20 of zip64 sizes, 4 of padding's own header
+            start = file.tell() + 30 + len(info.filename) + 20 + 4
+            padding = -start % 64
+            info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+            with archive.open(info, "w", force_zip64=True) as record:
+                for data in content(name):
+                    record.write(data)
+        archive.writestr(zipfile.ZipInfo(f"{stem}/version"), b"3\n")
+
+
+def _already_made(out: Path, inputs: list[dict], settings: dict) -> Made:
+    """Return what lies in `out` if it is whole and from the same inputs and settings."""
+    record = None
+    if (out / RECORD).is_file():
+        with contextlib.suppress(ValueError):
+            record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    if record is None:
+        why = "It was not made by llamalab, or is not whole."
+    elif record["settings"] != settings or len(record["inputs"]) != len(inputs):
+        why = "It was made from other inputs or with other settings."
+    else:
+        # Same size and time is taken for the same file; else the bytes decide.
+        changed = [
+            entry["path"]
+            for entry, old in zip(inputs, record["inputs"], strict=True)
+            if _key(entry) != _key(old)
+            and hash_file(Path(entry["path"]))["sha256"] != old["sha256"]
+        ]
+        why = f"{changed[0]} has changed since it was made." if changed else ""
+    if why:
+        raise OutputExists(
+            f"{out} is not empty, and was left as it is.",
+            why,
+            "Choose another --output-dir, or add --overwrite to replace it.",
+        )
+    made = open_checkpoint(out)  # refuses when a shard is missing
+    total = made.total_bytes
+    return Made(out, record["tensor_digest"], len(made.tensors), total, 0.0, already=True)
+
+
+@contextlib.contextmanager
+def _exclusive(partial: Path):
+    """Hold the work directory; a second process with the same output is refused."""
+    partial.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputExists(
+                f"Another process is writing {partial.name}.",
+                "Two commands were given the same output directory.",
+                "Wait for the other one to end, then run this again.",
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _resume(partial: Path, inputs: list[dict], settings: dict) -> dict[str, dict[str, str]]:
+    """Return the finished shards of an earlier run of the same plan; remove anything else."""
+    journal = partial / _JOURNAL
+    done: dict = {}
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        held = json.loads(journal.read_text(encoding="utf-8"))
+        if held["inputs"] == [_key(e) for e in inputs] and held["settings"] == settings:
+            done = {
+                name: sums for name, sums in held["shards"].items() if (partial / name).exists()
+            }
+    for path in partial.iterdir():
+        if path.name not in done and path != journal:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return done
+
+
+def _require_room(checkpoint: Checkpoint, shards: dict, done: dict, partial: Path) -> None:
+    left = sum(
+        checkpoint.tensors[name].nbytes
+        for shard, names in shards.items()
+        for name in names
+        if shard not in done
+    )
+    needed, free = left + 64 * 2**20, shutil.disk_usage(partial).free
+    if free < needed:
+        raise NotEnoughRoom(
+            f"{needed / 1e9:.1f} GB are needed at {partial.parent}, and {free / 1e9:.1f} GB are free.",
+            "The model is written whole beside its inputs, before anything is replaced.",
+            "Make room, or choose an --output-dir on another disk.",
+        )
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Rename the finished work directory to `out`, durably; an old `out` goes only then."""
+    _sync_directory(partial)
+    aside = out.with_name(f".{out.name}.replaced")
+    if out.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        out.rename(aside)
+    partial.rename(out)
+    _sync_directory(out.parent)
+    if aside.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink(missing_ok=True)
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    """Write a small file so that after a crash it holds the old content or the new."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with open(unfinished, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _stat(path: Path) -> dict:
+    stat = path.stat()
+    return {"path": str(path.absolute()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _key(entry: dict) -> list:
+    return [entry["path"], entry["size"], entry["mtime_ns"]]
+
+
+def _json(value: dict) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _versions() -> dict[str, str]:
+    found = {name: version(name) for name in ("torch", "safetensors", "sentencepiece")}
+    return {"llamalab": __version__, "python": platform.python_version()} | found

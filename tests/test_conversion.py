@@ -1,0 +1,199 @@
+"""Converting: right names, right rows, right numbers, every bit kept, and the way back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import synthetic
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import llamalab
+from llamalab.checkpoint import HFCheckpoint, MetaCheckpoint, digest_tensors
+from llamalab.conversion import as_hf, as_meta, hf_config, permute, unpermute
+from llamalab.errors import DamagedFile, OutputExists
+
+
+def meta_forward(tensors: dict, params: dict, ids: list[int]) -> torch.Tensor:
+    """LLaMA's equations on Meta's weights, with neighbouring pairs rotated: [length, vocabulary].
+
+    Independent of the package and of transformers. Touvron et al., arXiv:2302.13971; rotary
+    embeddings: Su et al., arXiv:2104.09864.
+    """
+    w = {name: tensor.double() for name, tensor in tensors.items()}
+    dim, heads = params["dim"], params["n_heads"]
+    kv_heads, size = params.get("n_kv_heads", heads), params["dim"] // params["n_heads"]
+
+    def norm(x, weight):
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + params["norm_eps"]) * weight
+
+    theta = params.get("rope_theta", 10000.0) ** (-torch.arange(0, size, 2).double() / size)
+    angle = torch.arange(len(ids)).double()[:, None] * theta  # [length, size / 2]
+    turn = torch.complex(angle.cos(), angle.sin())[:, None, :]
+
+    def rotate(x):  # [length, heads, size]
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], size // 2, 2).contiguous())
+        return torch.view_as_real(pairs * turn).flatten(-2)
+
+    x = w["tok_embeddings.weight"][ids]
+    mask = torch.full((len(ids), len(ids)), float("-inf"), dtype=torch.double).triu(1)
+    for i in range(params["n_layers"]):
+        at = {n.split(".", 2)[2]: t for n, t in w.items() if n.startswith(f"layers.{i}.")}
+        h = norm(x, at["attention_norm.weight"])
+        q = rotate((h @ at["attention.wq.weight"].T).view(len(ids), heads, size))
+        k = rotate((h @ at["attention.wk.weight"].T).view(len(ids), kv_heads, size))
+        v = (h @ at["attention.wv.weight"].T).view(len(ids), kv_heads, size)
+        k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / size**0.5 + mask
+        mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).reshape(len(ids), dim)
+        x = x + mixed @ at["attention.wo.weight"].T
+        h = norm(x, at["ffn_norm.weight"])
+        gate = torch.nn.functional.silu(h @ at["feed_forward.w1.weight"].T)
+        x = x + (gate * (h @ at["feed_forward.w3.weight"].T)) @ at["feed_forward.w2.weight"].T
+    return norm(x, w["norm.weight"]) @ w["output.weight"].T
+
+
+def hf_logits(directory, ids) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.inference_mode():
+        return network(torch.tensor([ids])).logits[0].double()
+
+
+SHAPES = {
+    "plain": {},
+    "grouped": {"kv_heads": 2},
+    "wide": {"dim": 96, "heads": 3, "layers": 3, "ffn": 200},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("theta", [10000.0, 500.0])
+def test_logits_equal_the_equations_on_metas_weights(tmp_path, shape, theta):
+    tensors, params = synthetic.meta_tensors(**shape)
+    params["rope_theta"] = theta
+    synthetic.write_meta(tmp_path / "m" / "7B", tensors, params)
+    synthetic.english_tokenizer(tmp_path / "m" / "tokenizer.model")
+    llamalab.convert(tmp_path / "m", tmp_path / "hf")
+    ids = torch.randint(0, 300, (24,), generator=torch.Generator().manual_seed(5)).tolist()
+    wanted = meta_forward(tensors, params, ids)
+    found = hf_logits(tmp_path / "hf", ids)
+    scale = wanted.abs().max()
+    assert (found - wanted).abs().max() < 1e-5 * scale
+
+    # Negative control: without the permutation the same files say something else.
+    import llamalab.conversion as conversion
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "permute", lambda rows, head_dim: rows)
+        llamalab.convert(tmp_path / "m", tmp_path / "wrong")
+    assert (hf_logits(tmp_path / "wrong", ids) - wanted).abs().max() > 1e-2 * scale
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_shards_convert_to_the_single_files_bytes(tmp_path, shards, kv_heads):
+    if kv_heads % shards:
+        kv_heads = 4
+    tensors, params = synthetic.meta_tensors(kv_heads=kv_heads, vocab=300)
+    made = []
+    for count in (1, shards):
+        folder = tmp_path / f"in{count}"
+        synthetic.write_meta(folder, tensors, params, shards=count)
+        synthetic.english_tokenizer(folder / "tokenizer.model")
+        llamalab.convert(folder, tmp_path / f"out{count}")
+        made.append((tmp_path / f"out{count}" / "model.safetensors").read_bytes())
+    assert made[0] == made[1]
+
+
+def test_every_bit_is_kept_and_the_way_back_is_exact(family):
+    meta = MetaCheckpoint(family / "base")
+    back = as_meta(HFCheckpoint(family / "base-hf"))
+    assert back.tensors == meta.tensors
+    for name in meta.tensors:
+        assert torch.equal(back.read(name), meta.read(name)), name
+    assert digest_tensors(back) == digest_tensors(meta)
+    plain = HFCheckpoint(family / "base-hf").read("model.layers.1.mlp.up_proj.weight")
+    assert torch.equal(plain, meta.read("layers.1.feed_forward.w3.weight"))
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 3), st.data())
+def test_permutation_by_index(heads, half, columns, data):
+    size = 2 * half
+    rows = torch.arange(heads * size * columns).view(heads * size, columns)
+    moved = permute(rows, size)
+    for head in range(heads):
+        for i in range(half):
+            assert torch.equal(moved[head * size + i], rows[head * size + 2 * i])
+            assert torch.equal(moved[head * size + half + i], rows[head * size + 2 * i + 1])
+    assert torch.equal(unpermute(moved, size), rows)
+
+
+@given(st.data())
+def test_any_rows_of_a_view_equal_the_same_rows_of_the_whole(family_view, data):
+    name = data.draw(st.sampled_from(list(family_view.tensors)))
+    rows = family_view.tensors[name].rows
+    start = data.draw(st.integers(0, rows - 1))
+    stop = data.draw(st.integers(start + 1, rows))
+    assert torch.equal(family_view.read(name, start, stop), family_view.read(name)[start:stop])
+
+
+@pytest.fixture(scope="module")
+def family_view(family):
+    return as_hf(MetaCheckpoint(family / "base"))
+
+
+def test_the_configuration_says_what_the_tensors_say(family, tmp_path):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(family / "base-hf")
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (64, 2, 300)
+    assert config.max_position_embeddings == 2048
+    assert config.rms_norm_eps == 1e-5
+    base = MetaCheckpoint(family / "base")
+    assert hf_config(base, 99)["max_position_embeddings"] == 99
+    llamalab.convert(family / "base", tmp_path / "out", context_length=77)
+    held = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert held["max_position_embeddings"] == 77
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_dtype_is_kept(tmp_path, dtype):
+    tensors, params = synthetic.meta_tensors(dtype=dtype, layers=1)
+    synthetic.write_meta(tmp_path / "m", tensors, params)
+    synthetic.english_tokenizer(tmp_path / "m" / "tokenizer.model")
+    llamalab.convert(tmp_path / "m", tmp_path / "out")
+    made = HFCheckpoint(tmp_path / "out")
+    assert {spec.dtype for spec in made.tensors.values()} == {dtype}
+    assert torch.equal(made.read("lm_head.weight"), tensors["output.weight"])
+
+
+def test_params_that_do_not_fit_the_tensors_are_refused(copied, tmp_path):
+    base = copied("base")
+    params = base / "7B" / "params.json"
+    held = json.loads(params.read_text())
+    params.write_text(json.dumps(held | {"n_layers": 3}))
+    with pytest.raises(DamagedFile, match="layers.2"):
+        llamalab.convert(base, tmp_path / "out")
+    params.write_text(json.dumps(held | {"n_layers": 1}))
+    with pytest.raises(DamagedFile, match="would be lost|does not have"):
+        llamalab.convert(base, tmp_path / "out")
+    params.write_text(json.dumps(held | {"dim": 128}))
+    with pytest.raises(DamagedFile, match="shape"):
+        llamalab.convert(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_of_something_else_is_left_alone(family, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExists, match="not empty"):
+        llamalab.convert(family / "base", tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
+    llamalab.convert(family / "base", tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "notes.txt").exists()
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
