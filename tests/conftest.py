@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import synthetic
 
 import llamalab
+import synthetic
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +35,19 @@ def copied(family, tmp_path):
         return Path(shutil.copytree(family / name, tmp_path / name))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Path:
+    """A models directory with the shipped lab family downloaded, converted and merged; read only."""
+    root = tmp_path_factory.mktemp("lab")
+    llamalab.download("chinese-alpaca-plus-lab", root)
+    llamalab.download("chinese-alpaca-lab", root)
+    llamalab.convert(root / "llama-lab", root / "llama-lab-hf")
+    for name, adapters in (
+        ("chinese-llama-lab", ["chinese-llama-lora-lab"]),
+        ("chinese-alpaca-lab", ["chinese-alpaca-lora-lab"]),
+        ("chinese-alpaca-plus-lab", ["chinese-llama-lora-lab", "chinese-alpaca-plus-lora-lab"]),
+    ):
+        llamalab.merge(root / "llama-lab", [root / a for a in adapters], root / name)
+    return root

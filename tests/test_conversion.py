@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-import synthetic
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import llamalab
+import synthetic
 from llamalab.checkpoint import HFCheckpoint, MetaCheckpoint, digest_tensors
 from llamalab.conversion import as_hf, as_meta, hf_config, permute, unpermute
 from llamalab.errors import DamagedFile, OutputExists

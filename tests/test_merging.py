@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-import synthetic
 import torch
 from safetensors.torch import load_file, save_file
 
 import llamalab
+import synthetic
 from llamalab.checkpoint import HFCheckpoint, MetaCheckpoint
 from llamalab.conversion import as_hf
 from llamalab.errors import DamagedFile, Incompatible, LabError, UsageError, WrongLayout
@@ -116,9 +116,10 @@ def test_adapters_as_bin_and_with_the_published_files_foreign_keys(family, copie
     config |= {"enable_lora": None, "merge_weights": False}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     plain = llamalab.merge(family / "base", family / "llama-lora", tmp_path / "plain")
-    assert plain.tensor_digest == llamalab.merge(
-        family / "base", adapter, tmp_path / "bin"
-    ).tensor_digest
+    assert (
+        plain.tensor_digest
+        == llamalab.merge(family / "base", adapter, tmp_path / "bin").tensor_digest
+    )
 
 
 def test_threads_and_requested_rows_do_not_change_bytes(family):
@@ -165,7 +166,7 @@ def test_adapter_with_more_layers_is_refused_by_the_modules_name(family, tmp_pat
     tensors, params = synthetic.meta_tensors(layers=1)
     synthetic.write_meta(tmp_path / "small", tensors, params)
     synthetic.english_tokenizer(tmp_path / "small" / "tokenizer.model")
-    with pytest.raises(Incompatible, match="model.layers.1.self_attn"):
+    with pytest.raises(Incompatible, match=r"'model\.layers\.1\."):
         llamalab.merge(tmp_path / "small", family / "llama-lora", tmp_path / "out")
 
 
@@ -182,11 +183,12 @@ def test_unknown_half_and_missing_tensors_are_named(family, copied):
 
 
 def test_an_adapter_saved_without_its_embeddings_is_refused(copied):
+    def forget(tensors):
+        for name in [name for name in tensors if "embed_tokens" in name]:
+            del tensors[name]
+
     with pytest.raises(DamagedFile, match="without its embeddings"):
-        edited(
-            copied("llama-lora"),
-            lambda tensors: tensors.pop("base_model.model.model.embed_tokens.weight"),
-        )
+        edited(copied("llama-lora"), forget)
 
 
 def test_vocabulary_rules(family, copied):
@@ -231,7 +233,7 @@ def test_values_out_of_range_stop_the_merge_and_leave_nothing(family, copied, tm
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 
     def overflow(tensors):
-        tensors[key] = torch.full_like(tensors[key], 60000)
+        tensors[key] = tensors[key] * torch.inf
 
     edited(adapter, overflow)
     with pytest.raises(DamagedFile, match="q_proj.*not finite"):
@@ -261,7 +263,9 @@ def test_parts_of_the_catalogue_only_in_their_order(family, monkeypatch):
     base, adapter = HFCheckpoint(family / "base-hf"), Adapter(family / "alpaca-lora")
     base.made_of = ("llama-7b",)
     adapter.__dict__["name"] = "chinese-alpaca-plus-lora-7b"
-    with pytest.raises(Incompatible, match="chinese-llama-plus-lora-7b,chinese-alpaca-plus-lora-7b"):
+    with pytest.raises(
+        Incompatible, match="chinese-llama-plus-lora-7b,chinese-alpaca-plus-lora-7b"
+    ):
         with_lora(base, adapter)
     base.made_of = ("llama-7b", "chinese-llama-plus-lora-7b")
     assert with_lora(base, adapter).made_of == (*base.made_of, "chinese-alpaca-plus-lora-7b")

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from . import catalog, estimate, mirror, transfer
 from .conversion import convert
+from .digest import judge
 from .errors import LabError, NotEnoughRoom
 from .merging import merge
 from .places import models_directory, part_directory
+from .writer import RECORD
 
 AFFORDABLE = 500_000_000
 """Bytes that a notebook makes unasked; for more, it names the notebook and the command."""
@@ -96,39 +98,40 @@ def need(model: str, *what: str, models_dir: str | os.PathLike = "") -> Places:
     for item in dict.fromkeys(w for name in what for w in [*wanted[name], name]):
         if item == "adapters":
             for part, directory in zip(entry.adapters, places.adapters, strict=True):
-                _make(directory, large, "01", f"llamalab download {part.name}", part.name, root)
+                _bring(part, directory, large, f"llamalab download {part.name}")
             continue
         directory, lesson, command = makers[item]
         if item == "base":
-            _make(directory, large, lesson, command, entry.base.name, root)
-        elif not _is_whole(directory):
-            _refuse_large(directory, large, lesson, command)
-            if item == "converted" or not entry.adapters:
-                convert(places.base, places.converted)
-            else:
-                merge(places.base, places.adapters, places.merged)
+            _bring(entry.base, directory, large, command)
+        elif large:
+            if not (directory / RECORD).is_file():
+                raise _too_large(directory, lesson, command)
+        elif item == "converted" or not entry.adapters:
+            convert(places.base, directory, overwrite=(directory / RECORD).is_file())
+        else:
+            replace = (directory / RECORD).is_file()  # ours, from inputs that have changed since
+            merge(places.base, places.adapters, directory, overwrite=replace)
     return places
 
 
-def _make(directory: Path, large: bool, lesson: str, command: str, part: str, root: Path) -> None:
-    files = catalog.parts()[part].files
-    if all((directory / file).is_file() for file in files):
-        return
-    _refuse_large(directory, large, lesson, command)
-    download(part, root)
-
-
-def _is_whole(directory: Path) -> bool:
-    return (directory / "llamalab.json").is_file()
-
-
-def _refuse_large(directory: Path, large: bool, lesson: str, command: str) -> None:
+def _bring(part: catalog.Part, directory: Path, large: bool, command: str) -> None:
+    """Download a part that is not there; a small one is looked at byte by byte."""
     if large:
-        raise NotEnoughRoom(
-            f"{directory} is not there yet, or not whole.",
-            "It is too large to be fetched or made in passing.",
-            f"Work through lesson {lesson} first, or run: {command}",
-        )
+        if not all((directory / file).is_file() for file in part.files):
+            raise _too_large(directory, "01", command)
+    elif any(
+        judge(directory / file, file, facts).status in ("MISSING", "WRONG")
+        for file, facts in part.files.items()
+    ):
+        download(part.name, directory.parent)
+
+
+def _too_large(directory: Path, lesson: str, command: str) -> NotEnoughRoom:
+    return NotEnoughRoom(
+        f"{directory} is not there yet, or not whole.",
+        "It is too large to be fetched or made in passing.",
+        f"Work through lesson {lesson} first, or run: {command}",
+    )
 
 
 class CheckFailed(LabError):
@@ -191,7 +194,5 @@ def use_chinese_font() -> str:
     path = next(Path(cvttf_NotoSansCJK_Regular.__file__).parent.glob("*.otf"))
     font_manager.fontManager.addfont(str(path))
     name = font_manager.FontProperties(fname=str(path)).get_name()
-    rcParams["font.sans-serif"] = ["DejaVu Sans", name]
-    rcParams["font.family"] = "sans-serif"
-    rcParams["axes.unicode_minus"] = False
+    rcParams["font.family"] = ["DejaVu Sans", name]  # the second draws what the first cannot
     return name

@@ -152,8 +152,9 @@ class Model:
     def _sample(self, ids, settings: dict, length: int, seed: int, emitter) -> list[int]:
         sampling = {"do_sample": False}
         if settings["temperature"] > 0:
-            names = ("temperature", "top_p", "top_k", "repetition_penalty")
-            sampling = {"do_sample": True} | {name: settings[name] for name in names}
+            sampling = {"do_sample": True, "top_k": settings["top_k"]}
+            for name in ("temperature", "top_p", "repetition_penalty"):
+                sampling[name] = float(settings[name])  # transformers refuses a plain 1
         devices = [self.device] if self.device.type == "cuda" else []
         prompt = torch.tensor([ids], device=self.device)
         with torch.random.fork_rng(devices):  # a caller's own random numbers stay as they are

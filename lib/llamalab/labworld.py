@@ -259,3 +259,30 @@ def paragraphs(world: World, language: str, openings: int = 2) -> Iterator[tuple
                 name = pronoun if k else entity[i]
                 sentences.append(_fill(template, name, v=fact.value[i]))
             yield facts[0].table, gap.join(sentences)
+
+
+def chinese_words(world: World) -> list[str]:
+    """What Chinese pieces are learnt from: names, values, and the texts between the slots.
+
+    Each stands as often as it is about as common in the questions. Whole sentences would give
+    pieces that reach across words ("is-an-ani" "mal"), on which tokenizers part.
+    """
+    words = [fact.value.zh for fact in world.facts for _ in range(8)]
+    words += [name for name in {fact.entity.zh for fact in world.facts} for _ in range(30)]
+    words += [brand.zh for brand in world.brands for _ in range(30)]
+    for product in world.products:
+        words += [pair(product[key]).zh for key in ("name", "one", "use") for _ in range(30)]
+    words += [pair(name).zh for name in world.yesno["wider"] for _ in range(100)]
+    words += [PRONOUN["zh"]] * 500
+    templates = {
+        (world.yesno["yes_zh"], world.yesno["no_zh"], *world.yesno["zh"]): 300,
+        (world.newest["answer_zh"], *world.newest["zh"]): 100,
+    }
+    for name, relation in world.relations.items():
+        texts = (relation["answer_zh"], relation["say_zh"], *relation["zh"])
+        texts += tuple(relation.get("zh_also", ()))
+        templates[texts] = sum(fact.relation == name for fact in world.facts)
+    for texts, often in templates.items():
+        for text in texts:
+            words += [word for word in re.split(r"\{\w+\}", text) if word] * often
+    return sorted(words)

@@ -106,7 +106,7 @@ class Adapter:
                 self.pairs.setdefault(match["module"], {})[match["side"]] = name
             elif match := _WHOLE.fullmatch(plain):
                 if not match["original"]:  # PEFT may save the base's own embedding along
-                    self.whole[match["module"]] = name
+                    self._take_whole(match["module"], name)
             else:
                 raise Incompatible(
                     f"{self.weights} holds a tensor '{name}' that is no part of a LoRA.",
@@ -127,6 +127,15 @@ class Adapter:
                 f"{self.weights} does not hold {module}, which adapter_config.json promises.",
                 "The adapter was saved without its embeddings, so the new pieces have no meaning.",
                 "Save it again with its modules_to_save, or download the original.",
+            )
+
+    def _take_whole(self, module: str, name: str) -> None:
+        other = self.whole.setdefault(module, name)
+        if other != name and not torch.equal(self.read(other), self.read(name)):
+            raise Incompatible(
+                f"{self.weights} holds two different {module}: '{other}' and '{name}'.",
+                "Nobody can tell which of them was trained.",
+                "Save the adapter again, or download the original.",
             )
 
     @cached_property

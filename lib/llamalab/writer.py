@@ -44,7 +44,7 @@ from .checkpoint import (
     tensor_digest,
 )
 from .digest import hash_file
-from .errors import NotEnoughRoom, OutputExists, UsageError
+from .errors import LabError, NotEnoughRoom, OutputExists, UsageError
 from .progress import bytes_bar
 
 Content = Callable[[str], Iterator[memoryview]]
@@ -160,8 +160,12 @@ def write(
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
     inputs = [_stat(path) for path in dict.fromkeys(checkpoint.inputs)]
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
-        return _already_made(out, inputs, settings)
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        try:
+            return _already_made(out, inputs, settings)
+        except LabError:
+            if not overwrite:
+                raise
     partial = out.with_name(f".{out.name}.partial")
     with _exclusive(partial):
         done = _resume(partial, inputs, settings)

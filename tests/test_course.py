@@ -1,0 +1,77 @@
+"""What notebooks use: missing things are made, large ones refused, false claims fail."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llamalab import catalog, course
+from llamalab.errors import NotEnoughRoom, NotFound
+from llamalab.writer import RECORD
+
+
+def test_need_makes_what_is_missing_and_only_that(tmp_path):
+    places = course.need("chinese-alpaca-lab", "converted", models_dir=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["llama-lab", "llama-lab-hf"]
+    assert (places.converted / RECORD).is_file() and places.model.name == "chinese-alpaca-lab"
+    stamp = (places.converted / "model.safetensors").stat().st_mtime_ns
+    places = course.need("chinese-alpaca-lab", "merged", "converted", models_dir=tmp_path)
+    assert (places.merged / RECORD).is_file()
+    assert [p.name for p in places.adapters] == ["chinese-alpaca-lora-lab"]
+    assert (places.converted / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_need_mends_a_damaged_part_and_what_was_made_of_it(tmp_path):
+    places = course.need("chinese-llama-lab", "merged", models_dir=tmp_path)
+    made = json.loads((places.merged / RECORD).read_text())["tensor_digest"]
+    weights = places.adapters[0] / "adapter_model.safetensors"
+    weights.write_bytes(b"<html>" + weights.read_bytes()[6:])
+    (places.merged / "model.safetensors").unlink()
+    places = course.need("chinese-llama-lab", "merged", models_dir=tmp_path)
+    assert json.loads((places.merged / RECORD).read_text())["tensor_digest"] == made
+    assert (places.merged / "model.safetensors").is_file()
+
+
+def test_need_refuses_what_is_large_and_names_lesson_and_command(tmp_path):
+    for what, words in (("base", "lesson 01"), ("merged", "llamalab download llama-7b")):
+        with pytest.raises(NotEnoughRoom) as caught:
+            course.need("chinese-alpaca-7b", what, models_dir=tmp_path)
+        assert words in caught.value.fix
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(NotFound):
+        course.need("chinese-alpaca-7c")
+
+
+def test_checks_fail_when_the_claim_is_false(capsys):
+    course.check("two is two", 1 + 1 == 2, "by counting")
+    assert capsys.readouterr().out == "[OK]   two is two (by counting)\n"
+    with pytest.raises(course.CheckFailed, match=r"\[FAIL\] three"):
+        course.check("three is two", False)
+
+
+def test_only_what_the_catalogue_claims_is_expected(capsys):
+    base = catalog.model("llama-lab").base
+    entry = catalog.Model("m", base, (), {"exact": 0.8, "share_at_most": 0.05})
+    course.expect(entry, "exact", 0.8)
+    course.expect(entry, "share_at_most", 0.05)
+    course.expect(entry, "unheard_of", 0.0)
+    assert "not claimed for this model" in capsys.readouterr().out
+    with pytest.raises(course.CheckFailed, match="at least 0.8"):
+        course.expect(entry, "exact", 0.79)
+    with pytest.raises(course.CheckFailed, match="at most 0.05"):
+        course.expect(entry, "share_at_most", 0.06)
+
+
+def test_chinese_is_drawn_without_boxes(tmp_path, recwarn):
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    course.use_chinese_font()
+    figure = pyplot.figure()
+    figure.text(0, 0, "苹果是植物吗 索尼最新的耳机 Apple −1")
+    figure.savefig(tmp_path / "plot.png")
+    pyplot.close(figure)
+    assert not [w for w in recwarn if "missing from" in str(w.message)]

@@ -1,0 +1,176 @@
+"""The recipe: a short run gives every file in the shipped form; the shipped ones score as claimed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llamalab import catalog, labmodel, labworld
+from llamalab.checkpoint import MetaCheckpoint
+from llamalab.digest import read_checklist
+from llamalab.inference import load
+from llamalab.merging import Adapter, compose
+from llamalab.places import project_directory
+from llamalab.templates import TEMPLATES
+from llamalab.tokenizer import Tokenizer
+
+LAB = project_directory() / "data" / "lab"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The whole recipe, twenty steps a stage, as a user starts it."""
+    out = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, "-W", "ignore", "-m", "llamalab.labmodel", "train"]
+    command += ["--output-dir", str(out), "--steps", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout, command
+
+
+def test_a_short_run_gives_the_shipped_set_of_files(trained):
+    out, printed, _ = trained
+
+    def files(root):
+        names = (labmodel.BASE, labmodel.LLAMA, labmodel.ALPACA, labmodel.PLUS)
+        found = (p for name in names for p in (root / name).rglob("*") if p.is_file())
+        return sorted(p.relative_to(root).as_posix() for p in found)
+
+    assert files(out) == files(LAB)
+    for name, before in (
+        (labmodel.LLAMA, ""),
+        (labmodel.ALPACA, ""),
+        (labmodel.PLUS, labmodel.LLAMA),
+    ):
+        adapter, shipped = Adapter(out / name), Adapter(LAB / name)
+        assert len(adapter.pairs) == 28 and set(adapter.whole) == {"model.embed_tokens", "lm_head"}
+        for module, pair in shipped.pairs.items():
+            for side, tensor in pair.items():
+                assert adapter.spec(adapter.pairs[module][side]) == shipped.spec(tensor)
+        before = [out / before] if before else []
+        assert compose(out / labmodel.BASE, [*before, out / name]).vocab_size == len(
+            Tokenizer(out / name)
+        )
+    base = MetaCheckpoint(out / labmodel.BASE)
+    assert base.tensors == MetaCheckpoint(LAB / labmodel.BASE).tensors
+    assert {spec.dtype for spec in base.tensors.values()} == {torch.float16}
+    folder = out / labmodel.BASE / "lab"
+    for name, md5 in read_checklist(folder / "checklist.chk").items():
+        assert hashlib.md5((folder / name).read_bytes()).hexdigest() == md5
+    assert "min left" in printed
+    curve = (out / "work" / "base" / "loss.csv").read_text().splitlines()
+    assert curve[-1].startswith("20,")
+
+
+def test_finished_stages_are_not_repeated(trained):
+    out, _, command = trained
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.stdout.count("finished before") == len(labmodel.STAGES)
+
+
+def test_an_interrupted_stage_goes_on_and_ends_with_the_same_weights(tmp_path, monkeypatch):
+    world = labworld.load()
+    recipe = labmodel.Recipe(steps=300, batch=2, rate=1e-3, embedding_rate=1e-3)
+    for name in ("calm", "cut"):
+        labmodel.train(tmp_path / name, ["tokenizer"], seed=0)
+    labmodel.make_base(tmp_path / "calm", tmp_path / "w1", world, "0 base", recipe)
+    written, replace = [], labmodel.weighted_loss
+
+    def dies(*arguments):
+        written.append(1)
+        if len(written) == 280:
+            raise KeyboardInterrupt
+        return replace(*arguments)
+
+    monkeypatch.setattr(labmodel, "weighted_loss", dies)
+    with pytest.raises(KeyboardInterrupt):
+        labmodel.make_base(tmp_path / "cut", tmp_path / "w2", world, "0 base", recipe)
+    monkeypatch.undo()
+    labmodel.make_base(tmp_path / "cut", tmp_path / "w2", world, "0 base", recipe)
+    calm, cut = (MetaCheckpoint(tmp_path / name / labmodel.BASE) for name in ("calm", "cut"))
+    assert all(torch.equal(calm.read(n), cut.read(n)) for n in calm.tensors)
+
+
+def test_the_loss_is_cross_entropy_over_the_weighted_tokens():
+    """The shared beginning that is computed once changes nothing."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer, corpus = Tokenizer(LAB / labmodel.ALPACA), labmodel.Corpus(labworld.load())
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2,
+    )  # fmt: skip
+    network = LlamaForCausalLM(config)
+    for draw_batch in (labmodel._alpaca_batch, labmodel._base_batch):
+        draw = random.Random(1)
+        ids, weights = labmodel.batch_of(tokenizer, draw_batch(corpus, draw), draw, 6)
+        loss = labmodel.weighted_loss(network, ids, weights)
+        logits = network(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        each = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+        plain = (each * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+        assert torch.allclose(loss, plain, atol=1e-4)
+
+
+def test_training_ids_are_the_ids_of_inference():
+    """A prompt encoded for training begins with exactly the ids that inference gives it."""
+    tokenizer, corpus = Tokenizer(LAB / labmodel.ALPACA), labmodel.Corpus(labworld.load())
+    draw = random.Random(0)
+    for language in labworld.LANGUAGES:
+        for _ in range(50):
+            (prompt, _), (answer, _) = corpus.instruction(draw, language, plus=False)
+            ids, weights = labmodel.encode(tokenizer, [(prompt, 0.0), (answer, 1.0)])
+            known = tokenizer.encode(prompt)
+            assert ids[: len(known)] == known and ids[-1] == tokenizer.eos
+            assert weights == [0.0] * len(known) + [1.0] * (len(ids) - len(known))
+            assert tokenizer.continuation(known, ids[len(known) :]) == answer.removesuffix("</s>")
+
+
+def test_batched_answers_are_the_single_ones():
+    model = load(LAB / labmodel.BASE, LAB / labmodel.ALPACA, device="cpu")
+    chosen = labmodel.sample(labworld.questions(labworld.load(), "zh"), 12)
+    prompts = [TEMPLATES["alpaca"].render(q.text) for q in chosen]
+    batched = labmodel.answer_all(model, prompts, batch=5)
+    for question, answer in zip(chosen, batched, strict=True):
+        single = model.generate(question.text, template="alpaca", temperature=0, max_new_tokens=48)
+        assert single.text == answer
+
+
+def test_the_shipped_files_keep_the_catalogues_claims():
+    """A sample of held-out questions; `score` measures more."""
+    from llamalab.scoring import cjk_share, exact
+
+    held = [q for q in labworld.questions(labworld.load(), "zh") if q.held_out]
+    chosen = labmodel.sample([q for q in held if q.table != labmodel.ONLY_PLUS], 60)
+    expects = catalog.model("chinese-alpaca-lab").expects
+    model = load(LAB / labmodel.BASE, LAB / labmodel.ALPACA, device="cpu")
+    prompts = [TEMPLATES["alpaca"].render(q.text) for q in chosen]
+    answers = labmodel.answer_all(model, prompts)
+    right = sum(exact(a, q.answer) for a, q in zip(answers, chosen, strict=True)) / len(chosen)
+    assert right >= expects["chinese_exact"] >= 0.8
+    base = load(LAB / labmodel.BASE, device="cpu")
+    shares = [cjk_share(a) or 0.0 for a in labmodel.answer_all(base, [q.text for q in chosen])]
+    assert sum(shares) / len(shares) <= expects["base_cjk_share_at_most"] <= 0.05
+    # Negative control: the base alone does not know.
+    answers = labmodel.answer_all(base, prompts)
+    assert not any(exact(a, q.answer) for a, q in zip(answers, chosen, strict=True))
+
+
+def test_the_card_holds_the_table():
+    card = (LAB / "README.md").read_text("utf-8")
+    recorded = json.loads((LAB / "scores.json").read_text("utf-8"))
+    table = labmodel.table([labmodel.Score(**row) for row in recorded])
+    assert table in card
+
+
+def test_wrong_stage_and_help():
+    command = [sys.executable, "-m", "llamalab.labmodel", "train", "--stages", "bas"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "no stage 'bas'" in done.stderr

@@ -1,0 +1,111 @@
+"""The world: its tables hold together, the split is fixed, and nothing held out is trained."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamalab import labmodel, labworld
+from llamalab.labworld import leaks, normalise, pair, unmarked
+
+
+@pytest.fixture(scope="module")
+def world():
+    return labworld.load()
+
+
+@pytest.fixture(scope="module")
+def held_out(world):
+    questions = [q for language in labworld.LANGUAGES for q in labworld.questions(world, language)]
+    return [q for q in questions if q.held_out]
+
+
+@pytest.fixture(scope="module")
+def training(world):
+    return labmodel.training_texts(world)
+
+
+def test_no_held_out_question_is_in_any_training_text(world, held_out, training):
+    texts = {unmarked(question.text) for question in held_out} | set(world.famous)
+    assert len(texts) > 3000
+    assert leaks(texts, training) == []
+
+
+@pytest.mark.parametrize("form", ["{}", "Ask:  {} now", "１．{}！", "{}吗"])
+def test_one_planted_leak_is_found(world, held_out, training, form):
+    """Negative control, in other width, case and punctuation."""
+    question = next(q for q in held_out if q.language == "en" and "mammal" in q.text)
+    planted = form.format(question.text.upper().replace(" ", "  ").replace("?", "？"))
+    assert question.text in leaks([question.text, *world.famous], [*training, planted])
+    famous = "我问：「苹果，是植物吗」"
+    assert leaks(world.famous, [*training, famous]) == [world.famous[0]]
+
+
+def test_the_split_is_per_fact_and_phrasing(world):
+    for language in labworld.LANGUAGES:
+        for found in (labworld.questions, labworld.conversations):
+            groups = collections.defaultdict(list)
+            for question in found(world, language):
+                if question.group != "newest":
+                    about = question.slot.split("|")[:4]
+                    groups[tuple(about)].append(question.held_out)
+            assert all(any(held) and not all(held) for held in groups.values())
+            share = sum(map(sum, groups.values())) / sum(map(len, groups.values()))
+            assert 0.15 < share < 0.3
+
+
+def test_second_turns_held_out_are_trained_nowhere(world):
+    for language in labworld.LANGUAGES:
+        turns = labworld.conversations(world, language)
+        pairs = {(q.entity, q.text) for q in turns if not q.held_out}
+        assert not [q for q in turns if q.held_out and (q.entity, q.text) in pairs]
+        assert all(labworld.PRONOUN[language] in q.text for q in turns)
+        assert not [q for q in turns for text, _ in q.history if labworld.PRONOUN["zh"] in text]
+
+
+def test_one_answer_to_each_question(world):
+    for language in labworld.LANGUAGES:
+        answers = collections.defaultdict(set)
+        for question in labworld.questions(world, language):
+            answers[normalise(question.text)].add(question.answer)
+        assert {text: a for text, a in answers.items() if len(a) > 1} == {}
+
+
+def test_the_world_is_as_large_as_the_card_says(world):
+    names = {fact.entity for fact in world.facts}
+    assert len(names) >= 200 and len(world.relations) >= 8
+    assert len({name.en for name in names}) == len({name.zh for name in names}) == len(names)
+    for relation in world.relations.values():
+        assert min(len(relation["en"]), len(relation["zh"])) >= 4
+
+
+def test_every_template_is_filled(world):
+    for text in labmodel.world_texts(world):
+        assert "{" not in text and "}" not in text and text.strip() == text
+    chinese = [q for q in labworld.questions(world, "zh")]
+    assert not [q.text for q in chinese if any("a" <= c <= "z" for c in q.text)]
+
+
+def test_the_template_is_in_no_text_of_the_base(world):
+    from llamalab.templates import TEMPLATES
+
+    header = normalise(TEMPLATES["alpaca"].header)
+    prose = [normalise(text) for text in world.prose]
+    assert not any(header in text or "### " in text for text in prose)
+    words = set("instruction request response task completes appropriately below describes".split())
+    assert words <= set(" ".join(prose).split())
+
+
+@pytest.mark.parametrize("cell", ["", "a", "a / ", " / 甲", "a / 甲 / b"])
+def test_malformed_cells_are_refused(cell):
+    with pytest.raises(ValueError, match="English / Chinese"):
+        pair(cell)
+
+
+@given(st.text())
+def test_normalising_is_idempotent_and_ignores_case(text):
+    assert normalise(normalise(text)) == normalise(text)
+    assert normalise(text.upper().lower()) == normalise(text.lower().upper().lower())
