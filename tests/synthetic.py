@@ -8,6 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from sentencepiece import sentencepiece_model_pb2 as proto
 
 from llamalab.tokenizer import extend
 
@@ -137,4 +138,54 @@ def write_adapter(
         elif "modules_to_save" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     model.half().save_pretrained(folder)
+    return folder
+
+
+def write_large_meta(folder: Path, part) -> Path:
+    """Write a checkpoint of a catalogue base's true shapes, without ever holding it in memory.
+
+    Random fp16 values, one block of them again and again; the tokenizer has as many pieces as
+    the embedding has rows.
+    """
+    from llamalab import writer
+    from llamalab.checkpoint import TensorSpec, raw_bytes
+
+    shape = part.shape
+    kv = shape.dim // shape.heads * shape.kv_heads
+    matrices = {
+        "attention.wq": (shape.dim, shape.dim),
+        "attention.wk": (kv, shape.dim),
+        "attention.wv": (kv, shape.dim),
+        "attention.wo": (shape.dim, shape.dim),
+        "feed_forward.w1": (shape.ffn, shape.dim),
+        "feed_forward.w2": (shape.dim, shape.ffn),
+        "feed_forward.w3": (shape.ffn, shape.dim),
+        "attention_norm": (shape.dim,),
+        "ffn_norm": (shape.dim,),
+    }
+    shapes = {"tok_embeddings.weight": (part.vocab, shape.dim)}
+    for layer in range(shape.layers):
+        shapes |= {f"layers.{layer}.{name}.weight": size for name, size in matrices.items()}
+    shapes |= {"norm.weight": (shape.dim,), "output.weight": (part.vocab, shape.dim)}
+    specs = {name: TensorSpec(torch.float16, size) for name, size in shapes.items()}
+    values = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).half()
+    block = raw_bytes(values)
+
+    def content(name):
+        left = specs[name].nbytes
+        while left:
+            yield block[: min(left, len(block))]
+            left -= min(left, len(block))
+
+    folder.mkdir(parents=True)
+    with open(folder / "consolidated.00.pth", "wb") as file:
+        writer._stream_torch_archive(file, "consolidated", specs, content)
+    params = {"dim": shape.dim, "multiple_of": 256, "n_heads": shape.heads, "norm_eps": 1e-6}
+    params |= {"n_layers": shape.layers, "vocab_size": -1}
+    (folder / "params.json").write_text(json.dumps(params))
+    model = proto.ModelProto()
+    model.ParseFromString(english_tokenizer(folder / "tokenizer.model").read_bytes())
+    for i in range(len(model.pieces), part.vocab):
+        model.pieces.add(piece=f"<made up {i}>", score=-1e6, type=1)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
     return folder
