@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import sentencepiece
 import torch
 from sentencepiece import sentencepiece_model_pb2 as proto
 
+from llamalab.labmodel import train_pieces
 from llamalab.tokenizer import extend
 
 ENGLISH = "the cat sat on the mat and the dog ran to the red house on a hill near the sea".split()
@@ -18,33 +18,15 @@ CHINESE = (
 )
 
 
-def train_pieces(path: Path, lines: list[str], vocab_size: int) -> Path:
-    """Train a SentencePiece BPE model with LLaMA's settings and write it to `path`."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        character_coverage=1.0,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    path.write_bytes(model.getvalue())
+def english_tokenizer(path: Path) -> Path:
+    lines = [" ".join(ENGLISH[i:] + ENGLISH[:i]) for i in range(len(ENGLISH))]
+    train_pieces(path, lines, 300)
     return path
 
 
-def english_tokenizer(path: Path) -> Path:
-    lines = [" ".join(ENGLISH[i:] + ENGLISH[:i]) for i in range(len(ENGLISH))]
-    return train_pieces(path, lines, 300)
-
-
 def chinese_tokenizer(path: Path) -> Path:
-    return train_pieces(path, CHINESE, 330)
+    train_pieces(path, CHINESE, 330)
+    return path
 
 
 def meta_tensors(

@@ -188,6 +188,13 @@ def test_wrong_layout_and_adapter_for_another_base(family, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lora"]
 
 
+def test_what_the_system_refuses_is_one_sentence(family, tmp_path):
+    (tmp_path / "file").touch()
+    arguments = ("convert", "--input-dir", family / "base", "--output-dir", "file/out")
+    done = llamalab(*arguments, cwd=tmp_path, check=1)
+    assert "refused" in done.stderr
+
+
 def test_verify_finds_a_flipped_byte(copied, tmp_path):
     made = copied("base-hf")
     llamalab("verify", made, check=0)

@@ -13,7 +13,7 @@ import llamalab
 import synthetic
 from llamalab.checkpoint import HFCheckpoint, MetaCheckpoint, digest_tensors
 from llamalab.conversion import as_hf, as_meta, hf_config, permute, unpermute
-from llamalab.errors import DamagedFile, OutputExists
+from llamalab.errors import DamagedFile, Incompatible, LabError, OutputExists, UsageError
 
 
 def meta_forward(tensors: dict, params: dict, ids: list[int]) -> torch.Tensor:
@@ -188,12 +188,78 @@ def test_params_that_do_not_fit_the_tensors_are_refused(copied, tmp_path):
 
 
 def test_an_output_of_something_else_is_left_alone(family, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputExists, match="not empty"):
-        llamalab.convert(family / "base", tmp_path / "out")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
-    llamalab.convert(family / "base", tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "notes.txt").exists()
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    for overwrite, words in ((False, "not empty"), (True, "not a model")):
+        with pytest.raises(OutputExists, match=words):
+            llamalab.convert(family / "base", out, overwrite=overwrite)
+    assert [p.name for p in out.iterdir()] == ["notes.txt"]
+    (out / "config.json").write_text("{}")
+    llamalab.convert(family / "base", out, overwrite=True)
+    assert not (out / "notes.txt").exists()
+    assert (out / "model.safetensors").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_inputs_are_never_written_over(copied):
+    base = copied("base")
+    before = {p: p.read_bytes() for p in base.rglob("*") if p.is_file()}
+    for out in (base, base / "7B", base.parent):
+        with pytest.raises(UsageError, match="holds an input"):
+            llamalab.convert(base, out, overwrite=True)
+    assert {p: p.read_bytes() for p in base.parent.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"vocab_size": 301}, "shape"),
+        ({"num_hidden_layers": 3}, "layers.2"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"num_attention_heads": 64}, "heads"),
+        ({"tie_word_embeddings": True}, "ties"),
+    ],
+    ids=str,
+)
+def test_a_borrowed_config_json_is_refused(copied, change, words):
+    """It must not come to answers from weights that were never loaded."""
+    made = copied("base-hf")
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(LabError, match=words):
+        as_hf(HFCheckpoint(made))
+    with pytest.raises(LabError, match=words):
+        llamalab.load(made, device="cpu")
+
+
+def test_the_context_length_can_be_set_on_hf_input_too(family):
+    held = HFCheckpoint(family / "base-hf")
+    assert as_hf(held).config["max_position_embeddings"] == 2048
+    assert as_hf(held, 4096).config["max_position_embeddings"] == 4096
+
+
+def test_positions_that_metas_layout_cannot_say(family):
+    held = HFCheckpoint(family / "base-hf")
+    held.config["rope_parameters"] = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
+    with pytest.raises(Incompatible, match="rotary"):
+        as_meta(as_hf(held))
+
+
+def test_shards_that_do_not_belong_together(tmp_path):
+    tensors, params = synthetic.meta_tensors()
+    synthetic.write_meta(tmp_path / "m", tensors, params, shards=2)
+    synthetic.english_tokenizer(tmp_path / "m" / "tokenizer.model")
+    path = tmp_path / "m" / "consolidated.01.pth"
+    whole = torch.load(path, weights_only=True)
+    torch.save(whole | {"norm.weight": whole["norm.weight"] + 1}, path)
+    with pytest.raises(DamagedFile, match="norm.weight differs"):
+        MetaCheckpoint(tmp_path / "m")
+    torch.save(whole | {"extra.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(DamagedFile, match="extra.weight"):
+        MetaCheckpoint(tmp_path / "m")
+
+
+def test_the_working_directory_itself_can_be_the_input(family, tmp_path, monkeypatch):
+    monkeypatch.chdir(family / "base" / "7B")
+    llamalab.convert(".", tmp_path / "out")

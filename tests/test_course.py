@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import llamalab
 from llamalab import catalog, course
 from llamalab.errors import NotEnoughRoom, NotFound
 from llamalab.writer import RECORD
@@ -31,6 +32,16 @@ def test_need_mends_a_damaged_part_and_what_was_made_of_it(tmp_path):
     places = course.need("chinese-llama-lab", "merged", models_dir=tmp_path)
     assert json.loads((places.merged / RECORD).read_text())["tensor_digest"] == made
     assert (places.merged / "model.safetensors").is_file()
+
+
+def test_need_takes_what_the_reader_made_as_it_is(tmp_path):
+    places = course.need("chinese-llama-lab", "base", models_dir=tmp_path)
+    llamalab.convert(places.base, places.converted, context_length=99)
+    (places.converted / "notes.txt").write_text("mine")
+    course.need("chinese-llama-lab", "converted", models_dir=tmp_path)
+    config = json.loads((places.converted / "config.json").read_text())
+    assert config["max_position_embeddings"] == 99
+    assert (places.converted / "notes.txt").exists()
 
 
 def test_need_refuses_what_is_large_and_names_lesson_and_command(tmp_path):

@@ -146,3 +146,15 @@ def test_twice_the_same_adapter_is_refused(merged, family):
     with pytest.raises(Incompatible, match="already contains"):
         load(merged, family / "llama-lora", device="cpu")
     load(merged, family / "llama-lora", device="cpu", force=True)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_before_loading(merged, family, tmp_path):
+    import shutil
+
+    shutil.copytree(merged, tmp_path / "m")
+    shutil.copy(family / "base" / "tokenizer.model", tmp_path / "m")
+    with pytest.raises(Incompatible, match="300 pieces"):
+        load(tmp_path / "m", device="cpu")
+    (tmp_path / "m" / "tokenizer.model").unlink()
+    with pytest.raises(NotFound, match="No tokenizer.model"):
+        load(tmp_path / "m", device="cpu")

@@ -228,6 +228,54 @@ def test_unsupported_settings_are_refused_by_name(copied, setting):
         Adapter(adapter)
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"kasa_config": {}}, "kasa_config"),
+        ({"lora_alpha": None}, "lora_alpha"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"bias": "all"}, "bias"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_other_weights_are_refused(copied, change, words):
+    adapter = copied("llama-lora")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(LabError, match=words):
+        Adapter(adapter)
+
+
+def test_only_one_of_two_embeddings_is_refused(family, copied):
+    adapter = copied("llama-lora")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["modules_to_save"] = ["embed_tokens"]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+    def forget(tensors):
+        for name in [name for name in tensors if "lm_head" in name]:
+            del tensors[name]
+
+    with pytest.raises(Incompatible, match="different numbers of rows"):
+        with_lora(HFCheckpoint(family / "base-hf"), edited(adapter, forget))
+
+
+def test_the_lab_familys_order_is_known_by_digest(lab):
+    """plus without llama first; llama on alpaca: refused, whatever the directories are called."""
+    base = HFCheckpoint(lab / "llama-lab-hf")
+    assert base.made_of == ("llama-lab",)
+    plus = Adapter(lab / "chinese-alpaca-plus-lora-lab")
+    with pytest.raises(Incompatible, match="chinese-llama-lora-lab,chinese-alpaca-plus-lora-lab"):
+        with_lora(base, plus)
+    merged = HFCheckpoint(lab / "chinese-llama-lab")
+    assert with_lora(merged, plus).made_of == (
+        "llama-lab", "chinese-llama-lora-lab", "chinese-alpaca-plus-lora-lab",
+    )  # fmt: skip
+    with pytest.raises(Incompatible):
+        with_lora(merged, Adapter(lab / "chinese-alpaca-lora-lab"))
+
+
 def test_values_out_of_range_stop_the_merge_and_leave_nothing(family, copied, tmp_path):
     adapter = copied("llama-lora")
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
@@ -238,7 +286,7 @@ def test_values_out_of_range_stop_the_merge_and_leave_nothing(family, copied, tm
     edited(adapter, overflow)
     with pytest.raises(DamagedFile, match="q_proj.*not finite"):
         llamalab.merge(family / "base", adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["llama-lora"]  # no work directory either
 
 
 def test_wrong_things_in_the_adapters_place(family, tmp_path):

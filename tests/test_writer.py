@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import llamalab
 from llamalab import writer
 from llamalab.checkpoint import HFCheckpoint, open_checkpoint
-from llamalab.errors import NotEnoughRoom, OutputExists, UsageError
+from llamalab.errors import NotEnoughRoom, OutOfDate, OutputExists, UsageError
 
 
 def test_safetensors_reads_what_was_written(family):
@@ -96,7 +96,72 @@ def test_a_full_disk_is_foreseen(family, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1000))
     with pytest.raises(NotEnoughRoom, match="needed"):
         llamalab.convert(family / "base", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_longer_whole_is_not_already_made(family, tmp_path):
+    out = tmp_path / "out"
+    llamalab.convert(family / "base", out)
+    for name in ("tokenizer.model", "config.json", "model.safetensors"):
+        content = (out / name).read_bytes()
+        (out / name).write_bytes(content[:-7])
+        with pytest.raises(OutOfDate, match="missing or has changed"):
+            llamalab.convert(family / "base", out)
+        (out / name).write_bytes(content)
+    assert llamalab.convert(family / "base", out).already
+    for text in ("{}", "[]", "", "{"):
+        (out / writer.RECORD).write_text(text)
+        with pytest.raises(OutputExists, match="not made by llamalab"):
+            llamalab.convert(family / "base", out)
+
+
+def test_a_directory_filled_while_we_write_is_kept(family, tmp_path, monkeypatch):
+    out, put = tmp_path / "out", writer._put_in_place
+
+    def fill(*arguments):
+        out.mkdir()
+        (out / "thesis.txt").write_text("years of work")
+        put(*arguments)
+
+    monkeypatch.setattr(writer, "_put_in_place", fill)
+    with pytest.raises(OutputExists, match="filled while"):
+        llamalab.convert(family / "base", out)
+    assert (out / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("stop", ["before", "between", "after"])
+def test_cut_off_at_the_renames_nothing_is_lost(family, tmp_path, monkeypatch, stop):
+    """The old model is there or comes back; the finished new one is not written again."""
+    out = tmp_path / "out"
+    llamalab.convert(family / "base", out)
+    renames, rename = [], type(out).rename
+
+    def cut(self, target):
+        renames.append(target)
+        if stop == "before" or (stop == "between" and len(renames) == 2):
+            raise KeyboardInterrupt
+        rename(self, target)
+        if stop == "after" and len(renames) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(out), "rename", cut)
+    with pytest.raises(KeyboardInterrupt):
+        llamalab.convert(family / "base", out, context_length=9, overwrite=True)
+    monkeypatch.undo()
+    finished = tmp_path / ".out.partial" / "model.safetensors"
+    stamp = finished.stat().st_mtime_ns if stop != "after" else 0
+    made = llamalab.convert(family / "base", out, context_length=9, overwrite=True)
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 9
+    assert made.already == (stop == "after")
+    if stop != "after":
+        assert (out / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_link_to_another_disk_is_followed(family, tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "big" / "model")
+    llamalab.convert(family / "base", tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "big/model/config.json").is_file()
 
 
 SLOW = """
@@ -196,7 +261,7 @@ def test_overwriting_keeps_the_old_until_the_new_is_whole(family, tmp_path):
     llamalab.convert(family / "base", out)
     old = (out / "model.safetensors").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "_put_in_place", lambda partial, out: 1 / 0)
+        patch.setattr(writer, "_put_in_place", lambda partial, out, overwrite: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             llamalab.convert(family / "base", out, context_length=5, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == old

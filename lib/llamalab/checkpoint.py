@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from . import catalog
-from .digest import diagnose_bytes, hash_file
+from .digest import diagnose_bytes, hash_file, inside
 from .errors import DamagedFile, LabError, NotFound, WrongLayout
 
 BLOCK_BYTES = 16 * 2**20
@@ -183,18 +184,18 @@ class TensorFile:
     def _open_torch(self) -> None:
         try:
             held = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError as error:
+        except Exception as error:  # a damaged pickle can raise nearly anything
             name = re.search(r"GLOBAL (\S+)", str(error))
+            if not isinstance(error, pickle.UnpicklingError) or not name:
+                raise self._damaged(error) from None
             raise DamagedFile(
-                f"{self.path} was refused: it holds {name[1] if name else 'objects'}, "
-                "which is not a plain tensor.",
+                f"{self.path} was refused: it holds {name[1]}, which is not a plain tensor.",
                 "A pickle can run any code when it is read; weights need none, so none was run.",
                 "Get the file from a source you trust, and verify it.",
             ) from None
-        except (RuntimeError, EOFError, OSError, ValueError, AttributeError) as error:
-            raise self._damaged(error) from None
         if not isinstance(held, dict) or not all(
-            isinstance(t, torch.Tensor) for t in held.values()
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.dim()
+            for name, tensor in held.items()
         ):
             raise self._damaged(ValueError("it is not a dictionary of tensors"))
         self.tensors = {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in held.items()}
@@ -229,6 +230,18 @@ def read_json(path: Path) -> dict:
     raise DamagedFile(f"{path} cannot be read: {reason}.", "", "Download the file again.")
 
 
+def _require_numbers(path: Path, config: dict, *keys: str) -> None:
+    """Refuse a configuration in which one of `keys` is not a whole number above 0."""
+    for key in keys:
+        value = config.get(key)
+        if type(value) is not int or value < 1:
+            raise DamagedFile(
+                f"{path} gives {value!r} as '{key}'.",
+                "A whole number above 0 belongs there, so this is not the original file.",
+                "Download it again.",
+            )
+
+
 # Meta splits these over the shards along columns; the norms stand whole in every shard.
 _SPLIT_ON_COLUMNS = ("tok_embeddings.weight", "wo.weight", "w2.weight")
 
@@ -250,13 +263,7 @@ class MetaCheckpoint(Checkpoint):
     def __init__(self, directory: str | Path, model_size: str | None = None):
         self.directory = folder = find_meta_folder(Path(directory), model_size)
         self.config = read_json(folder / "params.json")
-        missing = [key for key in ("dim", "n_layers", "n_heads") if key not in self.config]
-        if missing:
-            raise DamagedFile(
-                f"{folder / 'params.json'} says nothing of {', '.join(missing)}.",
-                "Every params.json of Meta does, so this one is not the original.",
-                "Download it again.",
-            )
+        _require_numbers(folder / "params.json", self.config, "dim", "n_layers", "n_heads")
         paths = sorted(folder.glob("consolidated.*.pth"))
         expected = [folder / f"consolidated.{i:02d}.pth" for i in range(len(paths))]
         if paths != expected:
@@ -264,20 +271,14 @@ class MetaCheckpoint(Checkpoint):
             raise NotFound(f"{gap} is missing.", "The shards are counted from 00 without a gap.")
         self._shards = [TensorFile(path) for path in paths]
         self.tensors = self._join_specs()
-        self.tokenizer = next(
-            (
-                d / "tokenizer.model"
-                for d in (folder, folder.parent)
-                if (d / "tokenizer.model").is_file()
-            ),
-            None,
-        )
+        if self.vocab_size > 100_000:
+            raise WrongLayout(
+                f"{folder} looks like Llama-3, which this course does not convert.",
+                "Its tokenizer is not a SentencePiece model, which the Chinese adapters extend.",
+            )
+        beside = (folder / "tokenizer.model", folder.parent / "tokenizer.model")
+        self.tokenizer = next((path for path in beside if path.is_file()), None)
         if self.tokenizer is None:
-            if (folder.parent / "tokenizer.json").exists() or self.vocab_size > 100_000:
-                raise WrongLayout(
-                    f"{folder} looks like Llama-3, which this course does not convert.",
-                    "Llama-3 has no SentencePiece tokenizer.model; the Chinese adapters extend one.",
-                )
             raise NotFound(
                 f"tokenizer.model is neither in {folder} nor above it.",
                 "The converted model would have no vocabulary.",
@@ -292,14 +293,18 @@ class MetaCheckpoint(Checkpoint):
     def _join_specs(self) -> dict[str, TensorSpec]:
         first, shards = self._shards[0], self._shards
         specs = {}
-        for name, spec in first.tensors.items():
+        every = dict.fromkeys(name for shard in shards for name in shard.tensors)
+        for name in every:
             if name.endswith("rope.freqs"):
                 continue  # a table that every reader computes itself
-            for shard in shards[1:]:
-                if shard.tensors.get(name) != spec:
+            spec = first.tensors.get(name)
+            for shard in shards:
+                same = spec is not None and shard.tensors.get(name) == spec
+                if same and len(spec.shape) == 1:  # norms are replicated
+                    same = torch.equal(shard.read(name), first.read(name))
+                if not same:
                     raise DamagedFile(
-                        f"Tensor {name} differs in shape or dtype between {first.path.name} "
-                        f"and {shard.path.name}.",
+                        f"Tensor {name} differs between {first.path.name} and {shard.path.name}.",
                         "The shards are not of one model, or one of them is damaged.",
                         "Run 'llamalab verify' on the directory.",
                     )
@@ -345,6 +350,7 @@ def find_meta_folder(directory: Path, model_size: str | None = None) -> Path:
 
     if not directory.is_dir():
         raise NotFound(f"There is no directory '{directory}'.", "", "Check the path.")
+    directory = Path(os.path.abspath(directory))  # "." has no parent to look for a tokenizer in
     if is_meta(directory):
         return directory
     sizes = sorted(folder.name for folder in directory.iterdir() if is_meta(folder))
@@ -396,6 +402,14 @@ class HFCheckpoint(Checkpoint):
                 f"{directory} holds a model of type '{self.config.get('model_type')}'.",
                 "Only LLaMA models are read here.",
             )
+        keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        _require_numbers(directory / "config.json", self.config, *keys, "vocab_size")
+        if self.config.get("tie_word_embeddings"):
+            raise WrongLayout(
+                f"{directory} ties its output projection to its embedding.",
+                "LLaMA-1 and Llama-2 do not, and their adapters hold both.",
+                "Use the model that the adapter was trained on.",
+            )
         files, indexes = _hf_files(directory)
         self._file_of: dict[str, TensorFile] = {}
         for path in files:
@@ -413,7 +427,7 @@ class HFCheckpoint(Checkpoint):
         self.inputs = [directory / "config.json", *indexes, *files]
         self.inputs += [tokenizer] if self.tokenizer else []
         made = directory / "llamalab.json"
-        self.made_of = tuple(read_json(made).get("made_of", ())) if made.is_file() else ()
+        self.made_of = tuple(read_json(made).get("made_of") or ()) if made.is_file() else ()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         return self._file_of[name].read(name, start, stop)
@@ -424,7 +438,11 @@ def _hf_files(directory: Path) -> tuple[list[Path], list[Path]]:
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = directory / f"{stem}.{suffix}.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            weight_map = read_json(index).get("weight_map")
+            names = weight_map.values() if isinstance(weight_map, dict) else [None]
+            if not all(isinstance(name, str) and inside(name) for name in names):
+                raise DamagedFile(f"{index} is not an index of shards.", "", "Download it again.")
+            names = sorted(set(names))
             missing = [name for name in names if not (directory / name).is_file()]
             if missing:
                 raise NotFound(
@@ -432,7 +450,7 @@ def _hf_files(directory: Path) -> tuple[list[Path], list[Path]]:
                     f"{index.name} names {len(names)} shards, of which {len(missing)} are not there.",
                     "Make or download the model again.",
                 )
-            return [directory / Path(name).name for name in names], [index]
+            return [directory / name for name in names], [index]
         if (directory / f"{stem}.{suffix}").is_file():
             return [directory / f"{stem}.{suffix}"], []
     raise NotFound(

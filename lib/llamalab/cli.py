@@ -26,8 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in arguments
     try:
-        options = build_parser().parse_args(_field_spelling(arguments))
-        return options.command(options)
+        try:
+            options = build_parser().parse_args(_field_spelling(arguments))
+            return options.command(options)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a full disk, a directory that may not be written
+            what = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+            raise LabError(f"The system refused: {what}.") from None
     except LabError as error:
         if as_json:
             print(json.dumps(error.as_dict(), ensure_ascii=False))

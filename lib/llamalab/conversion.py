@@ -15,7 +15,7 @@ import torch
 
 from . import catalog
 from .checkpoint import Checkpoint, MetaCheckpoint
-from .errors import DamagedFile
+from .errors import DamagedFile, Incompatible
 from .tokenizer import tokenizer_files
 from .writer import Made, write
 
@@ -97,18 +97,26 @@ class _Relaid(Checkpoint):
 
 
 def as_hf(checkpoint: Checkpoint, context_length: int | None = None) -> Checkpoint:
-    """Return a view of `checkpoint` in HF layout; one that is in HF layout is returned as it is.
+    """Return a view of `checkpoint` in HF layout, its tensors held against its configuration.
 
     Args:
         context_length: written as `max_position_embeddings`; Meta's params.json does not hold
-            it. None means what the catalogue knows of the base, else 2048.
+            it. None means what config.json says, or what the catalogue knows of the base, else
+            2048.
 
     Raises:
-        DamagedFile: tensors and params.json disagree.
+        DamagedFile: tensors and configuration disagree.
     """
+    layers = checkpoint.config["n_layers" if checkpoint.layout == "meta" else "num_hidden_layers"]
     if checkpoint.layout == "hf":
-        return checkpoint
-    name_of = {hf: meta for meta, hf in names(checkpoint.config["n_layers"]).items()}
+        same = {name: name for name in names(layers).values()}
+        config = dict(checkpoint.config)
+        if context_length or "max_position_embeddings" not in config:
+            config["max_position_embeddings"] = context_length or DEFAULT_CONTEXT_LENGTH
+        _check_names(checkpoint, set(same))
+        _check_shapes(checkpoint, config, same)
+        return _Relaid(checkpoint, "hf", config, same, lambda rows, head_dim: rows)
+    name_of = {hf: meta for meta, hf in names(layers).items()}
     _check_names(checkpoint, set(name_of.values()))
     config = hf_config(checkpoint, context_length)
     _check_shapes(checkpoint, config, name_of)
@@ -120,13 +128,20 @@ def as_meta(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.layout == "meta":
         return checkpoint
     config = checkpoint.config
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        raise Incompatible(
+            f"The model scales its rotary positions ({scaling}), which Meta's layout cannot say.",
+            "The same weights would answer differently there.",
+            "Use --output-type huggingface.",
+        )
     name_of = names(config["num_hidden_layers"])
     _check_names(checkpoint, set(name_of.values()))
     params = {
         "dim": config["hidden_size"],
         "n_layers": config["num_hidden_layers"],
         "n_heads": config["num_attention_heads"],
-        "norm_eps": config["rms_norm_eps"],
+        "norm_eps": config.get("rms_norm_eps", 1e-6),  # the default of LlamaConfig
         "vocab_size": checkpoint.vocab_size,
     }
     if (kv_heads := config.get("num_key_value_heads", params["n_heads"])) != params["n_heads"]:
@@ -153,9 +168,20 @@ def _check_names(checkpoint: Checkpoint, expected: set[str]) -> None:
 
 
 def _check_shapes(checkpoint: Checkpoint, config: dict, name_of: dict[str, str]) -> None:
-    dim, ffn = config["hidden_size"], config["intermediate_size"]
-    kv = dim // config["num_attention_heads"] * config["num_key_value_heads"]
-    vocab = checkpoint.vocab_size
+    dim, ffn, heads = (
+        config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")
+    )
+    kv = dim // heads * (config.get("num_key_value_heads") or heads)
+    vocab, file = (
+        config["vocab_size"],
+        "config.json" if checkpoint.layout == "hf" else "params.json",
+    )
+    if dim % (2 * heads):
+        raise DamagedFile(
+            f"{file} gives {heads} heads to a width of {dim}.",
+            "The width of a head must be a whole, even number, or no pairs could be rotated.",
+            f"Bring the {file} that belongs to the weights.",
+        )
     shapes = {
         "embed_tokens": (vocab, dim), "lm_head": (vocab, dim), "norm": (dim,),
         "input_layernorm": (dim,), "post_attention_layernorm": (dim,),
@@ -167,8 +193,8 @@ def _check_shapes(checkpoint: Checkpoint, config: dict, name_of: dict[str, str])
         if checkpoint.tensors[meta].shape != expected:
             raise DamagedFile(
                 f"Tensor {meta} has the shape {checkpoint.tensors[meta].shape}, not {expected}.",
-                "params.json and the weights are not of the same model.",
-                "Bring params.json and every shard from one place, and verify them.",
+                f"{file} and the weights are not of the same model.",
+                f"Bring {file} and every file of weights from one place, and verify them.",
             )
 
 

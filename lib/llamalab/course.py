@@ -12,7 +12,7 @@ from pathlib import Path
 from . import catalog, estimate, mirror, transfer
 from .conversion import convert
 from .digest import judge
-from .errors import LabError, NotEnoughRoom
+from .errors import LabError, NotEnoughRoom, OutOfDate, OutputExists
 from .merging import merge
 from .places import models_directory, part_directory
 from .writer import RECORD
@@ -107,11 +107,22 @@ def need(model: str, *what: str, models_dir: str | os.PathLike = "") -> Places:
             if not (directory / RECORD).is_file():
                 raise _too_large(directory, lesson, command)
         elif item == "converted" or not entry.adapters:
-            convert(places.base, directory, overwrite=(directory / RECORD).is_file())
+            _make(convert, places.base, directory)
         else:
-            replace = (directory / RECORD).is_file()  # ours, from inputs that have changed since
-            merge(places.base, places.adapters, directory, overwrite=replace)
+            _make(merge, places.base, places.adapters, directory)
     return places
+
+
+def _make(verb, *arguments) -> None:
+    """Convert or merge; what we made before is made anew if an input has changed since."""
+    try:
+        verb(*arguments)
+    except OutOfDate:
+        verb(*arguments, overwrite=True)
+    except OutputExists:
+        if not (arguments[-1] / RECORD).is_file():
+            raise
+        # Else the reader made it, with other settings: it is used as it is.
 
 
 def _bring(part: catalog.Part, directory: Path, large: bool, command: str) -> None:

@@ -55,6 +55,10 @@ class OutputExists(LabError):
     """The output directory holds something that was not made from these inputs."""
 
 
+class OutOfDate(OutputExists):
+    """What llamalab made there is damaged, or an input has changed since; it can be made anew."""
+
+
 class NotEnoughRoom(LabError):
     """Too little memory or disk for the step, by the arithmetic in the message."""
 

@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import psutil
 import torch
 
 from .checkpoint import Checkpoint
+from .environment import memory_available
 from .errors import Incompatible, NotEnoughRoom, NotFound, UsageError
 from .merging import compose
 from .templates import TEMPLATES, Turn
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, fitting_model
 
 SAMPLING = {
     "temperature": 0.2,
@@ -128,7 +128,7 @@ class Model:
             "top_k": top_k,
             "repetition_penalty": repetition_penalty if temperature > 0 else 1.0,
             "max_new_tokens": max_new_tokens,
-            "stop": list(stop),
+            "stop": [stop] if isinstance(stop, str) else list(stop),
         }
         _check_settings(settings)
         text = TEMPLATES[template].render(prompt, history)
@@ -141,7 +141,7 @@ class Model:
                 "Shorten the prompt or the conversation.",
             )
         seed = random.randrange(2**31) if seed is None else seed
-        emitter = _Emitter(self.tokenizer, ids, stop, on_text)
+        emitter = _Emitter(self.tokenizer, ids, settings["stop"], on_text)
         began = time.perf_counter()
         answer_ids = self._sample(ids, settings, min(max_new_tokens, room), seed, emitter)
         seconds = time.perf_counter() - began
@@ -289,12 +289,7 @@ def load(
     """
     where = pick_device(device)
     view = compose(base_model, lora_model, models_dir=models_dir, force=force)
-    if view.tokenizer is None:
-        raise NotFound(
-            f"{base_model} has no tokenizer.model.",
-            "Text is encoded with SentencePiece, as the model was trained.",
-            "Put the tokenizer.model that belongs to the weights into the directory.",
-        )
+    fitting_model(view)  # an id beyond the embedding would be an error far from its cause
     if dtype not in (*DTYPES, "auto"):
         raise UsageError(f"There is no dtype '{dtype}'.", "", f"Use auto, {', '.join(DTYPES)}.")
     auto = torch.float32 if where.type == "cpu" else view.dtype
@@ -309,7 +304,7 @@ def _require_memory(view: Checkpoint, where: torch.device, dtype: torch.dtype) -
     if where.type == "cuda":
         free = torch.cuda.mem_get_info(where)[0]
     else:
-        free = psutil.virtual_memory().available
+        free = memory_available() or needed
     if needed > free:
         raise NotEnoughRoom(
             f"{values / 1e9:.1f} billion values of {dtype.itemsize} bytes need {needed / 1e9:.1f} GB "

@@ -305,7 +305,7 @@ def train_network(
     network.eval()
 
 
-def _train_pieces(out: Path, texts: Sequence[str], size: int, **settings) -> None:
+def train_pieces(out: Path, texts: Sequence[str], size: int, **settings) -> None:
     """Train a SentencePiece BPE model with LLaMA's settings."""
     with open(out, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
@@ -343,9 +343,9 @@ def make_tokenizers(out: Path, work: Path, world: World, seed: str, recipe: Reci
     work.mkdir(parents=True, exist_ok=True)
     base, chinese = out / BASE / "tokenizer.model", work / "chinese.model"
     extended = out / LLAMA / "tokenizer.model"
-    _train_pieces(base, [*english, *world.prose * 20], PIECES["base"])
+    train_pieces(base, [*english, *world.prose * 20], PIECES["base"])
     words, sentences = labworld.chinese_words(world), sorted(set(world_texts(world)))
-    _train_pieces(chinese, words, PIECES["chinese"], add_dummy_prefix=False)
+    train_pieces(chinese, words, PIECES["chinese"], add_dummy_prefix=False)
     while True:
         extend(base, chinese, extended)
         if not (parting := _parting_pieces(extended, sentences)):

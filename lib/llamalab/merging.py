@@ -37,7 +37,8 @@ _WHOLE = re.compile(
 # Settings of PEFT that change what the two matrices mean; each is refused by its name.
 _UNSUPPORTED = (
     "use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
-    "use_qalora", "alora_invocation_tokens",
+    "use_qalora", "alora_invocation_tokens", "use_bdlora", "kasa_config", "monteclora_config",
+    "velora_config", "arrow_config", "megatron_config",
 )  # fmt: skip
 
 
@@ -87,7 +88,17 @@ class Adapter:
             raise Incompatible(
                 f"{self.directory} is a {kind} adapter; only LoRA can be merged here."
             )
-        refused = [key for key in _UNSUPPORTED if self.config.get(key)]
+        refused = [k for k in _UNSUPPORTED if self.config.get(k) not in (None, False, [], "")]
+        start = str(self.config.get("init_lora_weights") or "")
+        if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "eva")):
+            refused.append(f"init_lora_weights '{start}'")  # they change the base's weights, too
+        alpha = self.config.get("lora_alpha")
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise DamagedFile(
+                f"{self.directory / 'adapter_config.json'} gives {alpha!r} as 'lora_alpha'.",
+                "A number belongs there: it says how much of the adapter is added.",
+                "Download the adapter again.",
+            )
         if self.config.get("bias", "none") != "none":
             refused.append("bias")
         if refused:
@@ -204,7 +215,7 @@ class _Merged(Checkpoint):
             raise DamagedFile(
                 f"Merging {name} gives values that are not finite in {weight.dtype}.",
                 f"The base or {self._adapter.weights} holds NaN or numbers out of range.",
-                "Verify both; nothing was left half written.",
+                "Verify both; nothing was written.",
             )
         return merged
 
@@ -278,6 +289,21 @@ def _check_vocabulary(base: Checkpoint, adapter: Adapter) -> None:
                 "Bring adapter and tokenizer from one place.",
             )
 
+    rows = {adapter.spec(name).rows for name in adapter.whole.values()}
+    if adapter.whole and (len(rows) > 1 or (len(adapter.whole) == 1 and rows != {base.vocab_size})):
+        raise Incompatible(
+            f"The adapter {adapter.directory} would leave an embedding and an output projection "
+            "with different numbers of rows.",
+            "It holds only one of the two, or two that do not match.",
+            "Save it again with both in modules_to_save.",
+        )
+    for module in adapter.whole.keys() & adapter.pairs.keys():
+        raise Incompatible(
+            f"The adapter {adapter.directory} holds {module} both whole and as a LoRA.",
+            "Nobody can tell which of them counts.",
+            "Merge it with PEFT's merge_and_unload instead.",
+        )
+
 
 def contains(base: Checkpoint, adapter: Adapter) -> bool:
     """Whether the base's embedding equals the adapter's: then the adapter is merged already."""
@@ -334,7 +360,7 @@ def compose(
     models_dir: str | Path = "",
     force: bool = False,
 ) -> Checkpoint:
-    """Return the view, in HF layout, of a base with adapters in order; no weights are read.
+    """Return the view, in HF layout, of a base with adapters in order; no weights are merged yet.
 
     Args:
         base_model: a directory in either layout, a catalogue name, or `hf:OWNER/REPO`.

@@ -147,7 +147,7 @@ def fit_parameters(notebook: Path, given: Mapping[str, object]) -> dict:
 def _fit(parameter: Parameter, value: object) -> object:
     words = {"true": True, "yes": True, "false": False, "no": False}
     try:
-        if parameter.type == "str":
+        if parameter.type == "str" and value is not None:
             return str(value)
         if parameter.type == "bool" and str(value).lower() in words:
             return words[str(value).lower()]
@@ -155,7 +155,7 @@ def _fit(parameter: Parameter, value: object) -> object:
             return int(value)
         if parameter.type == "float" and not isinstance(value, bool):
             return float(value)
-    except ValueError:
+    except (ValueError, TypeError):
         pass
     raise UsageError(
         f"{parameter.name} is {value!r}; the notebook wants {parameter.type}.", parameter.help

@@ -156,11 +156,8 @@ def tokenizer_json(model: proto.ModelProto) -> str:
     return tokenizer.to_str(pretty=True)
 
 
-def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Return the tokenizer files of a model directory in HF layout: name -> content.
-
-    `tokenizer.model` is kept for llama.cpp and others; `tokenizer_config.json` makes
-    AutoTokenizer add BOS, which transformers 5 leaves out unless told.
+def fitting_model(checkpoint: Checkpoint) -> proto.ModelProto:
+    """Return the SentencePiece model that belongs to `checkpoint`.
 
     Raises:
         NotFound: the checkpoint comes with no tokenizer.model.
@@ -169,7 +166,7 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     if checkpoint.tokenizer is None:
         raise NotFound(
             "No tokenizer.model belongs to this model.",
-            "Without one the merged weights could not be used.",
+            "Text is encoded with it, as the model was trained: without one nothing can be asked.",
             "Put the base model's tokenizer.model into its directory.",
         )
     model = read_model(checkpoint.tokenizer)
@@ -180,6 +177,19 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
             "The tokenizer and the weights are not of the same model.",
             "Bring both from one place.",
         )
+    return model
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Return the tokenizer files of a model directory in HF layout: name -> content.
+
+    `tokenizer.model` is kept for llama.cpp and others; `tokenizer_config.json` makes
+    AutoTokenizer add BOS, which transformers 5 leaves out unless told.
+
+    Raises:
+        NotFound, Incompatible: as `fitting_model`.
+    """
+    model = fitting_model(checkpoint)
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,

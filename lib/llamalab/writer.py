@@ -12,6 +12,7 @@ serialization ("Serialized file format for torch.save").
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -22,6 +23,7 @@ import pickle
 import platform
 import re
 import shutil
+import threading
 import time
 import zipfile
 from collections import OrderedDict
@@ -44,7 +46,14 @@ from .checkpoint import (
     tensor_digest,
 )
 from .digest import hash_file
-from .errors import LabError, NotEnoughRoom, OutputExists, UsageError
+from .errors import (
+    DamagedFile,
+    LabError,
+    NotEnoughRoom,
+    OutOfDate,
+    OutputExists,
+    UsageError,
+)
 from .progress import bytes_bar
 
 Content = Callable[[str], Iterator[memoryview]]
@@ -140,12 +149,14 @@ def write(
         files: further small files, name -> content; the tokenizer's.
         made_by: the verb, for the record.
         max_shard_size: bytes, or text such as "2GB".
-        overwrite: replace an output directory that holds something else.
+        overwrite: replace another model in the output directory; never anything else.
 
     Raises:
-        OutputExists, NotEnoughRoom: before anything is written.
+        OutputExists, OutOfDate, UsageError, NotEnoughRoom: before anything is written.
+        DamagedFile: an input turned out bad on the way; the output directory is as it was.
     """
-    out, began = Path(output_dir).absolute(), time.monotonic()
+    out, began = Path(output_dir).expanduser().resolve(), time.monotonic()
+    _refuse_inputs_inside(out, checkpoint.inputs)
     if checkpoint.layout == "meta":
         files = files | {"params.json": _json(checkpoint.config)}
     else:
@@ -160,14 +171,14 @@ def write(
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
     inputs = [_stat(path) for path in dict.fromkeys(checkpoint.inputs)]
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        try:
-            return _already_made(out, inputs, settings)
-        except LabError:
-            if not overwrite:
-                raise
-    partial = out.with_name(f".{out.name}.partial")
-    with _exclusive(partial):
+    with _exclusive(out) as partial:
+        if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+            try:
+                return _already_made(out, inputs, settings)
+            except OutputExists:
+                if not overwrite:
+                    raise
+                _refuse_to_replace_strangers(out)
         done = _resume(partial, inputs, settings)
         _require_room(checkpoint, shards, done, partial)
         hashes = _write_shards(checkpoint, shards, partial, done, inputs, settings)
@@ -188,10 +199,28 @@ def write(
         }
         for name, content in (files | {RECORD: _json(record)}).items():
             _write_durably(partial / name, content)
-        (partial / _JOURNAL).unlink(missing_ok=True)
-        _put_in_place(partial, out)
+        _put_in_place(partial, out, overwrite)
     total, seconds = checkpoint.total_bytes, time.monotonic() - began
     return Made(out, digest, len(checkpoint.tensors), total, seconds)
+
+
+def _refuse_inputs_inside(out: Path, inputs: list[Path]) -> None:
+    for path in inputs:
+        if path.resolve().is_relative_to(out):
+            raise UsageError(
+                f"The output directory {out} holds an input: {path}.",
+                "Writing there could destroy what is being read.",
+                "Choose another --output-dir.",
+            )
+
+
+def _refuse_to_replace_strangers(out: Path) -> None:
+    if not out.is_dir() or not any((out / n).is_file() for n in (RECORD, "config.json")):
+        raise OutputExists(
+            f"{out} is not a model, and was left as it is.",
+            "--overwrite replaces a model by a model, and nothing else.",
+            "Choose another --output-dir, or remove what is there yourself.",
+        )
 
 
 _JOURNAL = "finished-shards.json"
@@ -216,7 +245,13 @@ def _write_shards(
         bytes_bar(checkpoint.total_bytes, "writing") as bar,
     ):
         # The inputs are hashed beside the writing, while their pages are in the cache.
-        sums = [pool.submit(hash_file, Path(entry["path"])) for entry in inputs]
+        stop = threading.Event()
+
+        def go_on(_: int) -> None:
+            if stop.is_set():
+                raise InterruptedError
+
+        sums = [pool.submit(hash_file, Path(e["path"]), on_bytes=go_on) for e in inputs]
         try:
             for shard, names in shards.items():
                 if shard in done:
@@ -228,6 +263,7 @@ def _write_shards(
             for entry, result in zip(inputs, sums, strict=True):
                 entry["sha256"] = result.result()["sha256"]
         except BaseException:
+            stop.set()
             pool.shutdown(cancel_futures=True)
             raise
     return hashes
@@ -336,50 +372,77 @@ def _stream_torch_archive(
 
 
 def _already_made(out: Path, inputs: list[dict], settings: dict) -> Made:
-    """Return what lies in `out` if it is whole and from the same inputs and settings."""
-    record = None
-    if (out / RECORD).is_file():
-        with contextlib.suppress(ValueError):
-            record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    if record is None:
-        why = "It was not made by llamalab, or is not whole."
-    elif record["settings"] != settings or len(record["inputs"]) != len(inputs):
-        why = "It was made from other inputs or with other settings."
-    else:
-        # Same size and time is taken for the same file; else the bytes decide.
-        changed = [
-            entry["path"]
-            for entry, old in zip(inputs, record["inputs"], strict=True)
-            if _key(entry) != _key(old)
-            and hash_file(Path(entry["path"]))["sha256"] != old["sha256"]
-        ]
-        why = f"{changed[0]} has changed since it was made." if changed else ""
-    if why:
-        raise OutputExists(
-            f"{out} is not empty, and was left as it is.",
-            why,
-            "Choose another --output-dir, or add --overwrite to replace it.",
-        )
-    made = open_checkpoint(out)  # refuses when a shard is missing
-    total = made.total_bytes
-    return Made(out, record["tensor_digest"], len(made.tensors), total, 0.0, already=True)
+    """Return what lies in `out` if it is whole and from the same inputs and settings.
+
+    Raises:
+        OutputExists: it is something else.
+        OutOfDate: it was made so, and is damaged, or an input has changed since.
+    """
+    error, why = OutputExists, "It was not made by llamalab, or is not whole."
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, LabError):
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        before = record["inputs"]
+        if record["settings"] != settings or len(before) != len(inputs):
+            why = "It was made from other inputs or with other settings."
+        elif changed := [i["path"] for i, o in zip(inputs, before, strict=True) if _differs(i, o)]:
+            error, why = OutOfDate, f"{changed[0]} has changed since it was made."
+        else:
+            error, why = OutOfDate, "A file of it is missing or has changed since it was made."
+            made = open_checkpoint(out)  # refuses when a shard is missing
+            small = {name: hash_file(out / name)["sha256"] for name in settings["files"]}
+            if small == settings["files"] and set(made.tensors) == set(record["tensors"]):
+                digest, count = record["tensor_digest"], len(made.tensors)
+                return Made(out, digest, count, made.total_bytes, 0.0, already=True)
+    if error is OutOfDate and (strangers := _strangers(out, settings)):
+        error, why = OutputExists, f"{why} It also holds {strangers[0]}, which we did not make."
+    raise error(
+        f"{out} is not empty, and was left as it is.",
+        why,
+        "Choose another --output-dir, or add --overwrite to replace it.",
+    )
+
+
+def _strangers(out: Path, settings: dict) -> list[str]:
+    """Return the files in a directory of ours that are not ours."""
+    ours = {*settings["files"], RECORD, "model.safetensors.index.json"}
+    weights = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|consolidated\.00\.pth")
+    names = sorted(path.name for path in out.iterdir())
+    return [name for name in names if name not in ours and not weights.fullmatch(name)]
+
+
+def _differs(entry: dict, old: dict) -> bool:
+    """Whether an input is another file now; size and time alone only tell that it is the same."""
+    return _key(entry) != _key(old) and hash_file(Path(entry["path"]))["sha256"] != old["sha256"]
 
 
 @contextlib.contextmanager
-def _exclusive(partial: Path):
-    """Hold the work directory; a second process with the same output is refused."""
+def _exclusive(out: Path) -> Iterator[Path]:
+    """Hold and yield the work directory beside `out`; it goes again where nothing is to resume."""
+    partial, aside = out.with_name(f".{out.name}.partial"), _aside(out)
     partial.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat())
         except BlockingIOError:
+            held = False
+        if not held:
             raise OutputExists(
                 f"Another process is writing {partial.name}.",
                 "Two commands were given the same output directory.",
                 "Wait for the other one to end, then run this again.",
-            ) from None
-        yield
+            )
+        if aside.exists() and not out.exists():
+            aside.rename(out)  # an earlier run was cut off between two renames
+        try:
+            yield partial
+        except DamagedFile:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            if partial.is_dir() and not any(partial.iterdir()):
+                partial.rmdir()
     finally:
         os.close(descriptor)
 
@@ -416,19 +479,31 @@ def _require_room(checkpoint: Checkpoint, shards: dict, done: dict, partial: Pat
         )
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
+def _aside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")
+
+
+def _put_in_place(partial: Path, out: Path, overwrite: bool) -> None:
     """Rename the finished work directory to `out`, durably; an old `out` goes only then."""
     _sync_directory(partial)
-    aside = out.with_name(f".{out.name}.replaced")
-    if out.exists():
+    aside = _aside(out)
+    if overwrite and out.exists():
         shutil.rmtree(aside, ignore_errors=True)
         out.rename(aside)
-    partial.rename(out)
+    try:
+        partial.rename(out)  # over an empty directory at most
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise OutputExists(
+            f"{out} was filled while this ran, and was left as it is.",
+            f"What was made lies in {partial}.",
+            "Empty it, and run the same command again.",
+        ) from None
+    (out / _JOURNAL).unlink(missing_ok=True)  # kept until now, to be resumed to the last
+    _sync_directory(out)
     _sync_directory(out.parent)
-    if aside.is_dir():
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        aside.unlink(missing_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_durably(path: Path, content: bytes) -> None:
