@@ -319,8 +319,8 @@ def _run(options) -> int:
     for result in runs:
         for answer in result.results.get("answers", []):
             print()
-            for key, text in answer.items():
-                print(f"{key:>12}  {text}")
+            for key in ("question", "gloss", "base", "merged"):
+                print(f"  {key:8}  {answer.get(key, '')}")
     print("\nreports:")
     for result in runs:
         print(f"  {result.report}")

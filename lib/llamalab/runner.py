@@ -221,6 +221,8 @@ def run_notebook(notebook: Path, parameters: dict, output_dir: Path) -> Run:
             kernel_name="python3",
             progress_bar=sys.stderr.isatty(),
             cwd=str(notebook.parent),
+            # Its warnings are about the loopback connection to us.
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
         run.status = "ok"
     except DeadKernelError:
