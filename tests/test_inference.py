@@ -111,7 +111,15 @@ def test_the_context_is_a_limit(model):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"max_new_tokens": 0}, {"template": "x"}],
+    [
+        {"temperature": 1e-45},
+        {"seed": 2**80},
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"max_new_tokens": 0},
+        {"template": "x"},
+    ],
     ids=str,
 )
 def test_settings_out_of_range(model, setting):
@@ -124,6 +132,11 @@ def test_what_a_model_says_is_never_html(model):
     hostile = type(answer)("<script>alert(1)</script>", "p", 1, [5], 0, {}, 1.0)
     assert "<script>" not in hostile._repr_html_()
     assert answer.settings["repetition_penalty"] == 1.0
+
+
+def test_half_a_surrogate_pair_is_a_question_mark(model):
+    answer = model.generate("the \ud83d cat", temperature=0, max_new_tokens=2)
+    assert answer.prompt == "the ? cat"
 
 
 def test_devices():

@@ -31,6 +31,8 @@ def test_parameters_are_read_with_type_default_and_help(tmp_path):
     assert [p.default for p in found.values()] == ["x", 1, False, 0.5]
     with pytest.raises(DamagedFile, match="name: type = literal"):
         runner.parameters_of(notebook(tmp_path / "m.ipynb", parameters="x = open('y')"))
+    with pytest.raises(DamagedFile, match="not Python"):
+        runner.parameters_of(notebook(tmp_path / "m.ipynb", parameters="x: int = = 1"))
     (tmp_path / "bad.ipynb").write_text("<html>")
     with pytest.raises(DamagedFile, match="not a notebook"):
         runner.parameters_of(tmp_path / "bad.ipynb")

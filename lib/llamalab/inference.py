@@ -130,8 +130,9 @@ class Model:
             "max_new_tokens": max_new_tokens,
             "stop": [stop] if isinstance(stop, str) else list(stop),
         }
-        _check_settings(settings)
+        _check_settings(settings | {"seed": seed or 0})
         text = TEMPLATES[template].render(prompt, history)
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no character
         ids = self.tokenizer.encode(text)
         room = self.context_length - len(ids)
         if room < 1:
@@ -222,7 +223,12 @@ def _check_settings(settings: dict) -> None:
         "top_k": (0, 10**6),
         "repetition_penalty": (0.01, 100),
         "max_new_tokens": (1, 10**6),
+        "seed": (0, 2**63 - 1),
     }
+    if 0 < settings["temperature"] < 0.01:
+        raise UsageError(
+            "temperature is too near to 0 to divide by.", "", "Use 0, which is greedy."
+        )
     for name, (low, high) in ranges.items():
         if not low <= settings[name] <= high:
             raise UsageError(f"{name} is {settings[name]}; it must be between {low} and {high}.")

@@ -104,13 +104,17 @@ def parameters_of(notebook: Path) -> dict[str, Parameter]:
     except Exception as error:  # nbformat raises many kinds
         raise DamagedFile(f"{notebook} is not a notebook.", str(error).split("\n")[0]) from None
     source = "\n".join(c.source for c in cells if "parameters" in c.metadata.get("tags", []))
+    try:
+        lines = ast.parse(source).body
+    except SyntaxError as error:
+        raise DamagedFile(f"{notebook}: its parameters cell is not Python: {error}.") from None
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
     found = {}
-    for line in ast.parse(source).body:
+    for line in lines:
         try:
             name, kind, default = line.target.id, ast.unparse(line.annotation), line.value
             found[name] = Parameter(
@@ -219,6 +223,7 @@ def run_notebook(notebook: Path, parameters: dict, output_dir: Path) -> Run:
             str(executed),
             parameters,
             kernel_name="python3",
+            language="python",
             progress_bar=sys.stderr.isatty(),
             cwd=str(notebook.parent),
             # Its warnings are about the loopback connection to us.
