@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from pathlib import Path
 
 import sentencepiece
@@ -27,6 +29,14 @@ def english_tokenizer(path: Path) -> Path:
 def chinese_tokenizer(path: Path) -> Path:
     train_pieces(path, CHINESE, 330)
     return path
+
+
+def zip_archive(content=b"x" * 5000) -> bytes:
+    """Return a zip archive, as PyTorch's files are."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("consolidated/data/0", content)
+    return buffer.getvalue()
 
 
 def meta_tensors(

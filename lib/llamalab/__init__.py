@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _VERBS = {
     "check": "environment",
     "download": "course",
-    "verify": "digest",
+    "verify": "verification",
     "convert": "conversion",
     "merge": "merging",
     "load": "inference",

@@ -233,7 +233,7 @@ def _download(options) -> int:
 
 
 def _verify(options) -> int:
-    from .digest import verify
+    from .verification import verify
 
     report = verify(options.path, options.as_name, options.models_dir, options.against)
     return _print_report(report, options.json)
