@@ -243,8 +243,10 @@ def _convert(options) -> int:
     from .conversion import convert
     from .places import locate
 
+    # A part's name is looked up as for a model; anything like a path is only a path.
+    is_path = "/" in options.input_dir or Path(options.input_dir).is_dir()
     made = convert(
-        locate(options.input_dir, options.models_dir),
+        options.input_dir if is_path else locate(options.input_dir, options.models_dir),
         options.output_dir,
         model_size=options.model_size,
         max_shard_size=options.max_shard_size,

@@ -1,6 +1,7 @@
 """The lab family: trains the tiny LLaMA and its three adapters, and scores the shipped files.
 
-    python -m llamalab.labmodel train [--output-dir DIR] [--steps N] [--seed N] [--stages A,B]
+    python -m llamalab.labmodel train [--output-dir DIR] [--steps N] [--batch N] [--seed N]
+                                      [--stages A,B]
     python -m llamalab.labmodel score [--dir DIR] [--json]
 
 Training runs in stages: tokenizer, base, llama, alpaca, plus. A finished stage is not repeated;
@@ -43,6 +44,7 @@ PLUS = "chinese-alpaca-plus-lora-lab"
 PARAMS = {"dim": 192, "n_layers": 4, "n_heads": 6, "multiple_of": 32, "norm_eps": 1e-5}
 CONTEXT = 256  # tokens; no training text is longer
 PIECES = {"base": 1000, "chinese": 1700}
+CHECKPOINT_EVERY = 250  # steps
 ONLY_PLUS = "invented"  # the table of facts that only the plus adapter is taught
 
 
@@ -295,7 +297,7 @@ def train_network(
                 left = seconds * (recipe.steps - done) / 60
                 text = f"  step {done}/{recipe.steps}  loss {mean:.4f}  {left:.1f} min left"
                 print(text, flush=True)
-            if done % 250 == 0 and done < recipe.steps:
+            if done % CHECKPOINT_EVERY == 0 and done < recipe.steps:
                 file.flush()
                 state = {n: p.detach() for n, p in trainable.items()}
                 held = {"network": state, "optimizer": optimizer.state_dict(), "step": done}
@@ -464,8 +466,15 @@ STAGES = {
 }
 
 
-def train(output_dir: Path, stages: Sequence[str], seed: int, steps: int | None = None) -> None:
-    """Run the stages that are not finished yet; `steps` shortens each of them."""
+def train(
+    output_dir: Path,
+    stages: Sequence[str],
+    seed: int,
+    steps: int | None = None,
+    batch: int | None = None,
+) -> None:
+    """Run the stages that are not finished yet; `steps` and `batch` replace the recipes'."""
+    shorter = {name: value for name, value in (("steps", steps), ("batch", batch)) if value}
     world = labworld.load()
     for stage in stages:
         work = output_dir / "work" / stage
@@ -475,8 +484,8 @@ def train(output_dir: Path, stages: Sequence[str], seed: int, steps: int | None 
             continue
         print(f"{stage}:", flush=True)
         began, recipe = time.monotonic(), RECIPES.get(stage)
-        if recipe and steps:
-            recipe = Recipe(**asdict(recipe) | {"steps": steps})
+        if recipe:
+            recipe = Recipe(**asdict(recipe) | shorter)
         STAGES[stage](output_dir, work, world, f"{seed} {stage}", recipe)
         finished.write_text(f"{time.monotonic() - began:.0f} s\n")
         print(f"{stage}: {(time.monotonic() - began) / 60:.1f} min", flush=True)
@@ -604,6 +613,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     added.add_argument("--output-dir", type=Path, default=project_directory() / "models/lab")
     added.add_argument("--stages", default=",".join(STAGES))
     added.add_argument("--steps", type=int, help="shorten every stage to so many steps")
+    added.add_argument("--batch", type=int, help="texts a step, in place of the recipe's")
     added.add_argument("--seed", type=int, default=0)
     added = commands.add_parser("score", help="print the table for the shipped files")
     added.add_argument("--dir", type=Path, default=project_directory() / "data/lab")
@@ -614,7 +624,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = options.stages.split(",")
         if unknown := [stage for stage in chosen if stage not in STAGES]:
             parser.error(f"there is no stage '{unknown[0]}'; there are {', '.join(STAGES)}")
-        train(options.output_dir, chosen, options.seed, options.steps)
+        train(options.output_dir, chosen, options.seed, options.steps, options.batch)
         return 0
     scores = score(options.dir, options.size)
     print(json.dumps([asdict(s) for s in scores]) if options.json else table(scores))

@@ -15,6 +15,7 @@ from .checkpoint import digest_tensors, open_checkpoint, read_json, tensor_diges
 from .digest import Row, checklist_facts, hash_file, judge
 from .errors import LabError, NotFound
 from .progress import bytes_bar
+from .writer import RECORD
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,12 @@ def verify(
     rows, known = [], {}
     if against is not None:
         other = places.locate(against, models_dir).resolve()
+        here.pop(RECORD, None)  # how they were made may differ
         for name, size in _files(other).items():
+            if name == RECORD:
+                continue
             known[name] = FileFacts(size, sha256=hash_file(other / name)["sha256"])
-    elif (directory / "llamalab.json").exists():
+    elif (directory / RECORD).exists():
         rows, known, covered = _verify_made(directory)
         here = {name: size for name, size in here.items() if name not in covered}
     else:
@@ -117,10 +121,10 @@ def _verify_made(directory: Path) -> tuple[list[Row], dict[str, FileFacts], set[
     Returns a row for all tensors together, what is recorded of the other files, and the names
     of the files that the row covers. A container's bytes may differ where its tensors do not.
     """
-    record = read_json(directory / "llamalab.json")
+    record = read_json(directory / RECORD)
     small = record.get("settings", {}).get("files", {})
     known = {name: FileFacts(sha256=sha256) for name, sha256 in small.items()}
-    expected, covered = f"tensors {record.get('tensor_digest', '')}", {"llamalab.json"}
+    expected, covered = f"tensors {record.get('tensor_digest', '')}", {RECORD}
     try:
         made = open_checkpoint(directory)
         covered |= {path.name for path in made.inputs} - known.keys()
