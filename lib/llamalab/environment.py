@@ -109,7 +109,7 @@ def check(model: str | None = None, models_dir: str | os.PathLike = "") -> Repor
         _font(),
     ]
     if wanted and needs:
-        there = _already_there(wanted, directory)
+        there = min(needs.disk, _already_there(wanted, directory))
         rows += fits(needs, free, ram, gpu_memory, there)
     return Report(tuple(rows), needs)
 
