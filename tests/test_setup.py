@@ -275,5 +275,5 @@ def test_ci_runs_the_documented_test_command():
 
 def test_lesson_00_shows_the_range_of_peft_that_holds():
     text = (ROOT / "notebooks" / "00_environment.ipynb").read_text()
-    shown = re.search(r'ours = SpecifierSet\(\\"(.*?)\\"\)', text).group(1)
+    shown = re.search(r'asked = \\"(.*?)\\"', text).group(1)
     assert Requirement(f"peft{shown}").specifier == RANGES["peft"]
