@@ -62,7 +62,7 @@ RECIPES = {
     "base": Recipe(steps=2000, batch=48, rate=2.5e-3, embedding_rate=2.5e-3),
     "llama": Recipe(steps=1500, batch=48, rate=4e-3, embedding_rate=2.5e-3),
     "alpaca": Recipe(steps=2000, batch=48, rate=4e-3, embedding_rate=2.5e-3),
-    "plus": Recipe(steps=600, batch=48, rate=2e-3, embedding_rate=1e-3),
+    "plus": Recipe(steps=1500, batch=48, rate=3e-3, embedding_rate=1.5e-3),
 }
 
 Segment = tuple[str, float]
@@ -148,7 +148,12 @@ def _alpaca_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segm
 
 
 def _plus_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segment]]:
-    return lambda: corpus.instruction(draw, _mostly_chinese(draw), plus=draw.random() < 0.15)
+    def instruction() -> list[Segment]:
+        # As much English as Chinese: the base's English is two adapters away.
+        language = draw.choice(labworld.LANGUAGES)
+        return corpus.instruction(draw, language, plus=draw.random() < 0.15)
+
+    return instruction
 
 
 def _mostly_chinese(draw: random.Random) -> str:

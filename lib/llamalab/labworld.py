@@ -128,7 +128,10 @@ def _capital(text: str) -> str:
 
 
 def _fill(template: str, x: str, **more: str) -> str:
-    return _capital(template.format(x=x, X=_capital(x), **more))
+    text = template.format(x=x, X=_capital(x), **more)
+    if x == PRONOUN["en"]:  # "the capital of it" is said "its capital"
+        text = re.sub(r"\b[Tt]he (\w+(?: \w+){0,2}) of it\b", r"its \1", text)
+    return _capital(text)
 
 
 def _held_out(texts: list[str], famous: Iterable[str], *slot: str) -> int:
