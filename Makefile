@@ -7,6 +7,8 @@
 PYTHON ?=
 # 'make run TORCH_INDEX=URL': the URL behind "--index-url" on pytorch.org/get-started.
 TORCH_INDEX ?=
+# 'make break CASE=twice': which of the broken models to make.
+CASE ?=
 # 'make run ARGS="04 -p model=chinese-alpaca-7b"': passed on to the command.
 ARGS ?=
 
@@ -17,7 +19,7 @@ BIN := $(if $(CONDA),$(CONDA),$(CURDIR)/.venv)/bin
 IN_ENV = PATH="$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab test test-heavy clean
+.PHONY: help setup run lab break test test-heavy clean
 
 help: ## Show this list
 	@echo "Usage: make TARGET (each one sets up what it needs first)"
@@ -31,6 +33,9 @@ run: setup ## Execute the lessons on the small model that comes with the course
 lab: setup ## Open lesson 00 in JupyterLab, for this machine only and with a token
 	@$(IN_ENV) jupyter lab --ip=127.0.0.1 \
 	  --LabApp.default_url=/lab/tree/notebooks/00_environment.ipynb $(ARGS)
+
+break: setup ## Make a broken model to diagnose: make break CASE=twice; without CASE, list them
+	@$(IN_ENV) python -W ignore -m llamalab.clinic $(CASE)
 
 test: setup ## Check style, then run the tests, every notebook among them
 	@$(IN_ENV) ruff check lib tests notebooks

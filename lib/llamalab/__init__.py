@@ -1,7 +1,7 @@
 """llamalab: from Meta's LLaMA files to a Chinese-speaking model, one checked step at a time.
 
 The verbs are functions, named as the commands are: `check, download, verify, convert, merge,
-load, generate`. Each is imported on first use, so that `import llamalab` stays quick
+load, generate, diagnose, run`. Each is imported on first use, so that `import llamalab` stays quick
 and converting or merging never loads transformers.
 """
 
@@ -17,6 +17,7 @@ _VERBS = {
     "merge": "merging",
     "load": "inference",
     "generate": "inference",
+    "diagnose": "diagnosis",
     "run": "runner",
 }
 

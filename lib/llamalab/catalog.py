@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -89,7 +89,7 @@ class Model:
     @property
     def family(self) -> str:
         """ "alpaca" (follows instructions) or "llama" (continues text)."""
-        return self.adapters[-1].family if self.adapters else "llama"
+        return family_of([part.name for part in self.parts], 0)
 
     @property
     def template(self) -> str:
@@ -150,6 +150,21 @@ def parts_of(name: str) -> tuple[Part, ...]:
     if name in parts:
         return (parts[name],)
     raise unknown(name, [*models, *parts])
+
+
+def family_of(made_of: Sequence[str], vocab: int) -> str:
+    """Return "llama" or "alpaca" for weights made of these parts, or "" when nobody can tell.
+
+    Args:
+        made_of: names of parts, the base first; the last one decides. Empty when not known.
+        vocab: rows of the embedding, which tells the families apart where their vocabularies
+            differ.
+    """
+    known = _tables()[0]
+    if made_of:
+        return known[made_of[-1]].family or "llama"  # a base continues text
+    families = {part.family or "llama" for part in known.values() if part.vocab == vocab}
+    return families.pop() if len(families) == 1 else ""
 
 
 def unknown(name: str, known: Iterable[str], what: str = "model") -> NotFound:

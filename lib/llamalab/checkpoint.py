@@ -158,7 +158,12 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path = path
         if not path.is_file():
-            raise NotFound(f"{path} is missing.", "", "Check the path, or download it again.")
+            raise NotFound(
+                f"{path} is missing.",
+                "",
+                "Check the path, or download it again.",
+                finding="damaged-file",
+            )
         open_file = self._open_safetensors if path.suffix == ".safetensors" else self._open_torch
         open_file()
         for name, spec in self.tensors.items():
@@ -167,6 +172,7 @@ class TensorFile:
                     f"Tensor {name} in {path.name} is of dtype {spec.dtype}.",
                     "Weights come as float16, bfloat16 or float32; this file may be quantised.",
                     "Use the original, unquantised weights.",
+                    finding="unexpected-dtype",
                 )
 
     def _open_safetensors(self) -> None:
@@ -192,6 +198,7 @@ class TensorFile:
                 f"{self.path} was refused: it holds {name[1]}, which is not a plain tensor.",
                 "A pickle can run any code when it is read; weights need none, so none was run.",
                 "Get the file from a source you trust, and verify it.",
+                finding="damaged-file",
             ) from None
         if not isinstance(held, dict) or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.dim()
@@ -207,6 +214,7 @@ class TensorFile:
             f"{self.path} cannot be read as weights.",
             cause[:1].upper() + cause[1:].rstrip(".") + ".",
             "Run 'llamalab verify' on its directory, and download the file again.",
+            finding="damaged-file",
         )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -227,7 +235,9 @@ def read_json(path: Path) -> dict:
         reason = "it is not a JSON object"
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = diagnose_bytes(path) or str(error)
-    raise DamagedFile(f"{path} cannot be read: {reason}.", "", "Download the file again.")
+    raise DamagedFile(
+        f"{path} cannot be read: {reason}.", "", "Download the file again.", finding="damaged-file"
+    )
 
 
 def _require_numbers(path: Path, config: dict, *keys: str) -> None:
@@ -313,6 +323,13 @@ class MetaCheckpoint(Checkpoint):
                 shape[1 if self._column_split(name) else 0] *= len(shards)
             specs[name] = TensorSpec(spec.dtype, tuple(shape))
         for name in ("tok_embeddings.weight", "norm.weight", "output.weight"):
+            if name not in specs and "model.embed_tokens.weight" in specs:
+                raise WrongLayout(
+                    f"{first.path} holds tensors under Hugging Face's names.",
+                    "The file was renamed; its rows of q and k are in the other order, too.",
+                    "Give it back its name pytorch_model.bin, beside its own config.json.",
+                    finding="hf-weights",
+                )
             if name not in specs:
                 raise DamagedFile(
                     f"{first.path} holds no tensor '{name}'.",
@@ -421,7 +438,11 @@ class HFCheckpoint(Checkpoint):
             if not name.endswith("rotary_emb.inv_freq")  # a table old writers saved along
         }
         if self.embedding not in self.tensors:
-            raise DamagedFile(f"{directory} holds no tensor '{self.embedding}'.")
+            if "tok_embeddings.weight" in self.tensors:
+                raise _meta_weights(directory, f"{files[0].name} holds tensors under Meta's names.")
+            raise DamagedFile(
+                f"{directory} holds no tensor '{self.embedding}'.", finding="damaged-file"
+            )
         tokenizer = directory / "tokenizer.model"
         self.tokenizer = tokenizer if tokenizer.is_file() else None
         self.inputs = [directory / "config.json", *indexes, *files]
@@ -449,14 +470,28 @@ def _hf_files(directory: Path) -> tuple[list[Path], list[Path]]:
                     f"{directory / missing[0]} is missing.",
                     f"{index.name} names {len(names)} shards, of which {len(missing)} are not there.",
                     "Make or download the model again.",
+                    finding="damaged-file",
                 )
             return [directory / name for name in names], [index]
         if (directory / f"{stem}.{suffix}").is_file():
             return [directory / f"{stem}.{suffix}"], []
+    if (directory / "consolidated.00.pth").is_file():
+        raise _meta_weights(directory, f"{directory} has a config.json beside Meta's weights.")
     raise NotFound(
         f"{directory} has a config.json and no weights.",
         "model.safetensors or pytorch_model.bin, or an index of shards, is needed.",
-        "A config.json copied from elsewhere does not make a model: convert Meta's files instead.",
+        "Download or make the model again.",
+        finding="damaged-file",
+    )
+
+
+def _meta_weights(directory: Path, what: str) -> WrongLayout:
+    return WrongLayout(
+        what,
+        "A config.json copied from elsewhere does not make the weights it lies beside HF layout.",
+        f"Take the config.json away, and run 'llamalab convert --input-dir {directory} "
+        "--output-dir OUT'.",
+        finding="meta-weights",
     )
 
 
@@ -475,11 +510,13 @@ def open_checkpoint(directory: str | Path, model_size: str | None = None) -> Che
                 f"{directory} is an adapter, not a model.",
                 "An adapter holds differences to a base model's weights.",
                 "Give it as --lora-model, and its base model as --base-model.",
+                finding="adapter-as-model",
             ) from None
         raise WrongLayout(
             f"{directory} does not appear to have a file named config.json, nor params.json.",
             error.why,
             "Give a directory in HF layout, or Meta's size folder or its parent.",
+            finding="no-config",
         ) from None
     return MetaCheckpoint(folder)
 

@@ -1,6 +1,7 @@
 """The command line: one command a verb of the package.
 
-Exit codes: 0; 1 an error, or `check` or `verify` found something; 2 wrong usage; 130 interrupted.
+Exit codes: 0; 1 an error, or `check`, `verify` or `diagnose` found something; 2 wrong usage; 130
+interrupted.
 With `--json`, standard output is exactly one JSON object, also on error. Answers and tables go
 to standard output, everything else to standard error.
 """
@@ -12,19 +13,22 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import __version__, catalog
-from .errors import LabError, UsageError
+from .errors import LabError, LabWarning, UsageError
 
-_COLOURS = {"OK": 32, "INFO": 36, "FAIL": 31, "WRONG": 31, "MISSING": 31, "UNKNOWN": 33}
+_COLOURS = {"OK": 32, "INFO": 36, "UNKNOWN": 33}
+_COLOURS |= dict.fromkeys(("FAIL", "WRONG", "MISSING", "FOUND"), 31)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in arguments
+    warnings.showwarning = _show_warning
     try:
         try:
             options = build_parser().parse_args(_field_spelling(arguments))
@@ -49,6 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+_plain_warning = warnings.showwarning
+
+
+def _show_warning(message, category, *arguments, **more) -> None:
+    if issubclass(category, LabWarning):
+        print(f"{_paint('warning', 33, sys.stderr)}: {message}", file=sys.stderr)
+    else:
+        _plain_warning(message, category, *arguments, **more)
 
 
 def _field_spelling(arguments: list[str]) -> list[str]:
@@ -156,6 +170,27 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("--dtype", default="auto", help="auto, float16, bfloat16 or float32")
     added.add_argument("--force", action="store_true", help="allow an adapter applied twice")
     places(added)
+
+    added = command("diagnose", _diagnose, "Find what makes the answers of a model meaningless.")
+    added.add_argument("--base-model", required=True, metavar="M")
+    added.add_argument("--lora-model", metavar="A[,B]", help="adapters, in order")
+    asked = added.add_mutually_exclusive_group()
+    asked.add_argument(
+        "--with-prompt",
+        action="store_true",
+        default=None,
+        help="prompts stand inside the alpaca template",
+    )
+    asked.add_argument(
+        "--without-prompt", dest="with_prompt", action="store_false", help="they do not"
+    )
+    added.add_argument("--prompt", default="", metavar="TEXT", help="does it fit the context?")
+    added.add_argument(
+        "--quick", action="store_true", help="read no weights, and compute nothing with them"
+    )
+    added.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    places(added)
+    as_json(added)
 
     added = command("run", _run, "Run the course, or some of its notebooks, without a reader.")
     added.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="a path, or 04")
@@ -303,6 +338,21 @@ def _generate(options) -> int:
     if options.seed is None and options.temperature > 0:
         print(f"seed {answer.seed}", file=sys.stderr)
     return 0
+
+
+def _diagnose(options) -> int:
+    from .diagnosis import diagnose
+
+    diagnosis = diagnose(
+        options.base_model,
+        options.lora_model,
+        with_prompt=options.with_prompt,
+        prompt=options.prompt,
+        quick=options.quick,
+        device=options.device,
+        models_dir=options.models_dir,
+    )
+    return _print_report(diagnosis, options.json)
 
 
 def _run(options) -> int:

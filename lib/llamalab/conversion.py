@@ -158,6 +158,7 @@ def _check_names(checkpoint: Checkpoint, expected: set[str]) -> None:
             f"The checkpoint holds no tensor '{missing}'.",
             "Its configuration promises one: the file is incomplete, or of another model.",
             "Run 'llamalab verify' on its directory.",
+            finding="damaged-file",
         )
     for extra in sorted(set(checkpoint.tensors) - expected):
         raise DamagedFile(
@@ -190,11 +191,16 @@ def _check_shapes(checkpoint: Checkpoint, config: dict, name_of: dict[str, str])
     }  # fmt: skip
     for hf, meta in name_of.items():
         expected = shapes[hf.split(".")[-2]]
-        if checkpoint.tensors[meta].shape != expected:
+        found = checkpoint.tensors[meta].shape
+        if found != expected:
+            rows = hf.split(".")[-2] in ("embed_tokens", "lm_head") and found[1:] == expected[1:]
             raise DamagedFile(
-                f"Tensor {meta} has the shape {checkpoint.tensors[meta].shape}, not {expected}.",
-                f"{file} and the weights are not of the same model.",
+                f"Tensor {meta} has the shape {found}, not {expected}.",
+                f"{file} gives another vocab_size: it is of another model, the plain base perhaps."
+                if rows
+                else f"{file} and the weights are not of the same model.",
                 f"Bring {file} and every file of weights from one place, and verify them.",
+                finding="borrowed-config" if rows else "damaged-file",
             )
 
 

@@ -14,19 +14,24 @@ class LabError(Exception):
         what: one sentence, what happened; it names the file, tensor or option.
         why: one sentence, the likely reason.
         fix: one sentence, what to do next; a command where there is one.
+        finding: the name under which `diagnosis.FINDINGS` explains this error, if it does.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, why: str = "", fix: str = ""):
+    def __init__(self, what: str, why: str = "", fix: str = "", *, finding: str = ""):
         super().__init__(what)
-        self.what, self.why, self.fix = what, why, fix
+        self.what, self.why, self.fix, self.finding = what, why, fix, finding
 
     def __str__(self) -> str:
         return "\n".join(part for part in (self.what, self.why, self.fix) if part)
 
     def as_dict(self) -> dict[str, str]:
         return {"error": type(self).__name__, "what": self.what, "why": self.why, "fix": self.fix}
+
+
+class LabWarning(UserWarning):
+    """One sentence on what makes answers meaningless, though nothing fails."""
 
 
 class UsageError(LabError):

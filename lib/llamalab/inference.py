@@ -10,15 +10,17 @@ from __future__ import annotations
 import html
 import random
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
+from . import catalog
 from .checkpoint import Checkpoint
 from .environment import memory_available
-from .errors import Incompatible, NotEnoughRoom, NotFound, UsageError
+from .errors import Incompatible, LabWarning, NotEnoughRoom, NotFound, UsageError
 from .merging import compose
 from .templates import TEMPLATES, Turn
 from .tokenizer import Tokenizer, fitting_model
@@ -76,11 +78,13 @@ class Model:
         tokenizer: the SentencePiece `Tokenizer`.
         context_length: the longest prompt and answer together, in tokens.
         made_of: the catalogue's parts the weights are made of, where they are known.
+        family: "llama", "alpaca", or "" where neither the parts nor the vocabulary tell.
     """
 
     def __init__(self, network, tokenizer: Tokenizer, made_of: tuple[str, ...] = ()):
         self.network, self.tokenizer, self.made_of = network, tokenizer, made_of
         self.context_length = network.config.max_position_embeddings
+        self.family = catalog.family_of(made_of, network.config.vocab_size)
 
     @property
     def device(self) -> torch.device:
@@ -131,6 +135,8 @@ class Model:
             "stop": [stop] if isinstance(stop, str) else list(stop),
         }
         _check_settings(settings | {"seed": seed or 0})
+        if mistake := template_mistake(self.family, template):
+            warnings.warn(mistake, LabWarning, stacklevel=2)
         text = TEMPLATES[template].render(prompt, history)
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no character
         ids = self.tokenizer.encode(text)
@@ -140,6 +146,7 @@ class Model:
                 f"The prompt has {len(ids)} tokens, and the context holds {self.context_length}.",
                 "The model was never trained on longer texts.",
                 "Shorten the prompt or the conversation.",
+                finding="long-prompt",
             )
         seed = random.randrange(2**31) if seed is None else seed
         emitter = _Emitter(self.tokenizer, ids, settings["stop"], on_text)
@@ -156,6 +163,8 @@ class Model:
             sampling = {"do_sample": True, "top_k": settings["top_k"]}
             for name in ("temperature", "top_p", "repetition_penalty"):
                 sampling[name] = float(settings[name])  # transformers refuses a plain 1
+        if (rows := self.network.config.vocab_size) > len(self.tokenizer):
+            sampling["suppress_tokens"] = list(range(len(self.tokenizer), rows))  # only padding
         devices = [self.device] if self.device.type == "cuda" else []
         prompt = torch.tensor([ids], device=self.device)
         with torch.random.fork_rng(devices):  # a caller's own random numbers stay as they are
@@ -211,6 +220,18 @@ class _Emitter:
     def finish(self) -> None:
         """Give out what was held back: the answer is over."""
         self._give(len(self.text))
+
+
+def template_mistake(family: str, template: str) -> str:
+    """Return one sentence on a template that the family was not trained with, or ""."""
+    if family == "llama" and template != "none":
+        return (
+            f"The llama family continues text; inside the '{template}' template it meets a text "
+            "that it was never trained on."
+        )
+    if family == "alpaca" and template == "none":
+        return "The alpaca family follows instructions only inside its template (--with-prompt)."
+    return ""
 
 
 def _check_settings(settings: dict) -> None:
@@ -293,8 +314,14 @@ def load(
     Raises:
         LabError: nothing to load, parts that do not fit, or too little memory.
     """
-    where = pick_device(device)
+    pick_device(device)  # a wrong name is said before anything is read
     view = compose(base_model, lora_model, models_dir=models_dir, force=force)
+    return model_of(view, device=device, dtype=dtype)
+
+
+def model_of(view: Checkpoint, *, device: str = "auto", dtype: str = "auto") -> Model:
+    """Load a checkpoint in HF layout, a view with adapters included; otherwise as `load`."""
+    where = pick_device(device)
     fitting_model(view)  # an id beyond the embedding would be an error far from its cause
     if dtype not in (*DTYPES, "auto"):
         raise UsageError(f"There is no dtype '{dtype}'.", "", f"Use auto, {', '.join(DTYPES)}.")
@@ -320,6 +347,17 @@ def _require_memory(view: Checkpoint, where: torch.device, dtype: torch.dtype) -
         )
 
 
+def unsound(weights: torch.Tensor) -> str:
+    """Return what is wrong with the values of a weight or a block of it, or "".
+
+    One sum finds NaN and infinities; only where it is 0 are the values looked at.
+    """
+    total = weights.sum(dtype=torch.float32)
+    if not torch.isfinite(total):
+        return "hold NaN or infinite values"
+    return "are all zero" if total == 0 and not weights.any() else ""
+
+
 def _network(view: Checkpoint, where: torch.device, dtype: torch.dtype):
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -327,6 +365,9 @@ def _network(view: Checkpoint, where: torch.device, dtype: torch.dtype):
     weights = {}
     for name in view.tensors:
         weights[name] = torch.cat(list(view.blocks(name))).to(dtype)
+        if fault := unsound(weights[name]):
+            text = f"The weights {name} {fault}: the answers will mean nothing."
+            warnings.warn(text, LabWarning, stacklevel=3)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -65,6 +65,7 @@ class Adapter:
                 if (directory / "config.json").is_file()
                 else "PEFT's layout has adapter_config.json beside adapter_model.safetensors or .bin.",
                 "Give the adapter's directory as --lora-model.",
+                finding="damaged-file",
             )
         self.config = read_json(config_file)
         self._refuse_unsupported()
@@ -75,6 +76,7 @@ class Adapter:
                 f"{directory} has an adapter_config.json and no adapter_model.safetensors or .bin.",
                 "The weights did not come along.",
                 "Download the adapter again.",
+                finding="damaged-file",
             )
         self._file = TensorFile(self.weights)
         self._sort_tensors()
@@ -86,7 +88,8 @@ class Adapter:
         kind = self.config.get("peft_type", "LORA")
         if kind != "LORA":
             raise Incompatible(
-                f"{self.directory} is a {kind} adapter; only LoRA can be merged here."
+                f"{self.directory} is a {kind} adapter; only LoRA can be merged here.",
+                finding="unsupported-adapter",
             )
         refused = [k for k in _UNSUPPORTED if self.config.get(k) not in (None, False, [], "")]
         start = str(self.config.get("init_lora_weights") or "")
@@ -98,6 +101,7 @@ class Adapter:
                 f"{self.directory / 'adapter_config.json'} gives {alpha!r} as 'lora_alpha'.",
                 "A number belongs there: it says how much of the adapter is added.",
                 "Download the adapter again.",
+                finding="damaged-file",
             )
         if self.config.get("bias", "none") != "none":
             refused.append("bias")
@@ -106,6 +110,7 @@ class Adapter:
                 f"{self.directory} uses {', '.join(refused)}, which this merge does not support.",
                 "Merging it as a plain LoRA would give wrong weights.",
                 "Merge it with PEFT's merge_and_unload instead.",
+                finding="unsupported-adapter",
             )
 
     def _sort_tensors(self) -> None:
@@ -123,6 +128,7 @@ class Adapter:
                     f"{self.weights} holds a tensor '{name}' that is no part of a LoRA.",
                     "Leaving it out would give another model than the one that was trained.",
                     "Merge this adapter with PEFT's merge_and_unload instead.",
+                    finding="unsupported-adapter",
                 )
         for module, sides in self.pairs.items():
             if len(sides) == 1:
@@ -131,6 +137,7 @@ class Adapter:
                     f"{self.weights} holds only half of the pair for {module}: lora_{other} is missing.",
                     "A LoRA is the product of the two.",
                     "Download the adapter again, and verify it.",
+                    finding="damaged-file",
                 )
         promised = {name.split(".")[-1] for name in self.config.get("modules_to_save") or ()}
         for module in sorted(promised - {module.split(".")[-1] for module in self.whole}):
@@ -138,6 +145,7 @@ class Adapter:
                 f"{self.weights} does not hold {module}, which adapter_config.json promises.",
                 "The adapter was saved without its embeddings, so the new pieces have no meaning.",
                 "Save it again with its modules_to_save, or download the original.",
+                finding="adapter-without-embeddings",
             )
 
     def _take_whole(self, module: str, name: str) -> None:
@@ -147,6 +155,7 @@ class Adapter:
                 f"{self.weights} holds two different {module}: '{other}' and '{name}'.",
                 "Nobody can tell which of them was trained.",
                 "Save the adapter again, or download the original.",
+                finding="damaged-file",
             )
 
     @cached_property
@@ -216,6 +225,7 @@ class _Merged(Checkpoint):
                 f"Merging {name} gives values that are not finite in {weight.dtype}.",
                 f"The base or {self._adapter.weights} holds NaN or numbers out of range.",
                 "Verify both; nothing was written.",
+                finding="unsound-values",
             )
         return merged
 
@@ -239,6 +249,21 @@ def with_lora(base: Checkpoint, adapter: Adapter, *, force: bool = False) -> Che
     return _Merged(base, adapter)
 
 
+def with_adapters(
+    base: Checkpoint, adapters: Sequence[Adapter], *, force: bool = False
+) -> Checkpoint:
+    """Return a view of `base` with every adapter merged into it, in order; see `with_lora`."""
+    if not force:
+        # A merged model holds the embeddings of its last adapter: said before the first one
+        # is found not to fit.
+        for adapter in adapters[1:]:
+            _check_not_contained(base, adapter)
+    view = base
+    for adapter in adapters:
+        view = with_lora(view, adapter, force=force)
+    return view
+
+
 def _check_targets(base: Checkpoint, adapter: Adapter) -> None:
     for module, pair in adapter.pairs.items():
         weight = base.tensors.get(f"{module}.weight")
@@ -247,6 +272,7 @@ def _check_targets(base: Checkpoint, adapter: Adapter) -> None:
                 f"The adapter {adapter.directory} adapts '{module}', which the base does not have.",
                 "It was trained on another model, perhaps one with more layers.",
                 "Use the base model that the adapter's card names.",
+                finding="another-size",
             )
         a, b = adapter.spec(pair["A"]).shape, adapter.spec(pair["B"]).shape
         if (b[0], a[1]) != weight.shape or a[0] != b[1]:
@@ -255,6 +281,7 @@ def _check_targets(base: Checkpoint, adapter: Adapter) -> None:
                 f"B {b} times A {a} is not {weight.shape}.",
                 "It was trained on a base of another size.",
                 "Use the base model that the adapter's card names.",
+                finding="another-size",
             )
 
 
@@ -267,6 +294,7 @@ def _check_vocabulary(base: Checkpoint, adapter: Adapter) -> None:
                 f"The adapter's {module} is {columns} wide, and the base's {old.shape[1]}.",
                 "It was trained on a base of another size.",
                 "Use the base model that the adapter's card names.",
+                finding="another-size",
             )
         if rows < old.rows:
             raise Incompatible(
@@ -274,12 +302,14 @@ def _check_vocabulary(base: Checkpoint, adapter: Adapter) -> None:
                 f"fewer than the base's {old.rows:,}.",
                 "A llama adapter on an alpaca model is the classic case: alpaca has one pad token more.",
                 "Use the base, or the order of adapters, that this adapter was trained on.",
+                finding="mixed-vocabularies",
             )
         if adapter.tokenizer is None:
             raise Incompatible(
                 f"The adapter {adapter.directory} has new embeddings and no tokenizer.model.",
                 f"Nobody could tell which piece each of its {rows:,} rows stands for.",
                 "Put the tokenizer.model of the adapter's repository beside it.",
+                finding="no-tokenizer",
             )
         pieces = len(read_model(adapter.tokenizer).pieces)
         if pieces != rows:
@@ -287,6 +317,7 @@ def _check_vocabulary(base: Checkpoint, adapter: Adapter) -> None:
                 f"{adapter.tokenizer} has {pieces:,} pieces, and the adapter's {module} {rows:,} rows.",
                 "The tokenizer is of another adapter; llama and alpaca ones differ by one pad token.",
                 "Bring adapter and tokenizer from one place.",
+                finding="mixed-vocabularies",
             )
 
     rows = {adapter.spec(name).rows for name in adapter.whole.values()}
@@ -296,12 +327,14 @@ def _check_vocabulary(base: Checkpoint, adapter: Adapter) -> None:
             "with different numbers of rows.",
             "It holds only one of the two, or two that do not match.",
             "Save it again with both in modules_to_save.",
+            finding="adapter-without-embeddings",
         )
     for module in adapter.whole.keys() & adapter.pairs.keys():
         raise Incompatible(
             f"The adapter {adapter.directory} holds {module} both whole and as a LoRA.",
             "Nobody can tell which of them counts.",
             "Merge it with PEFT's merge_and_unload instead.",
+            finding="unsupported-adapter",
         )
 
 
@@ -323,22 +356,31 @@ def _check_not_contained(base: Checkpoint, adapter: Adapter) -> None:
             f"The base already contains the adapter {adapter.directory}: their embeddings are equal.",
             "Applied again, every change would count twice.",
             "Use the merged model as it is, without --lora-model.",
+            finding="applied-twice",
         )
 
 
 def _check_published_order(base: Checkpoint, adapter: Adapter) -> None:
-    """Refuse two parts of the catalogue that were not trained one on the other."""
-    if not base.made_of or not adapter.name:
+    """Refuse two parts of the catalogue that were not trained one on the other.
+
+    A base that is not known can still be told to lack an earlier adapter: by its rows, where
+    they are those of the vocabulary that was never extended.
+    """
+    if not adapter.name:
         return
     part = catalog.parts()[adapter.name]
     expected = (part.base, part.after) if part.after else (part.base,)
-    if base.made_of != expected:
+    made_of = base.made_of
+    if not made_of and base.vocab_size == catalog.parts()[part.base].vocab:
+        made_of = (part.base,)
+    if made_of and made_of != expected:
         raise Incompatible(
             f"{adapter.name} was trained on {' + '.join(expected)}, "
-            f"and this base is {' + '.join(base.made_of)}.",
+            f"and this base is {' + '.join(made_of)}.",
             "Adapters only fit the exact weights they were trained on.",
             f"Give --base-model {part.base}"
             + (f" and --lora-model {part.after},{part.name}." if part.after else "."),
+            finding="missing-predecessor" if made_of == expected[:-1] else "another-base",
         )
 
 
@@ -367,9 +409,8 @@ def compose(
         lora_model: none, one or more adapters, likewise.
     """
     view = as_hf(open_checkpoint(locate(base_model, models_dir), model_size), context_length)
-    for item in adapter_list(lora_model):
-        view = with_lora(view, Adapter(locate(item, models_dir)), force=force)
-    return view
+    adapters = [Adapter(locate(item, models_dir)) for item in adapter_list(lora_model)]
+    return with_adapters(view, adapters, force=force)
 
 
 def merge(

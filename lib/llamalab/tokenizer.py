@@ -16,6 +16,7 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as proto
 
+from . import catalog
 from .checkpoint import Checkpoint
 from .digest import diagnose_bytes
 from .errors import DamagedFile, Incompatible, NotFound
@@ -168,16 +169,50 @@ def fitting_model(checkpoint: Checkpoint) -> proto.ModelProto:
             "No tokenizer.model belongs to this model.",
             "Text is encoded with it, as the model was trained: without one nothing can be asked.",
             "Put the base model's tokenizer.model into its directory.",
+            finding="no-tokenizer",
         )
     model = read_model(checkpoint.tokenizer)
-    if len(model.pieces) != checkpoint.vocab_size:
-        raise Incompatible(
-            f"{checkpoint.tokenizer} has {len(model.pieces):,} pieces, "
-            f"and the embedding has {checkpoint.vocab_size:,} rows.",
-            "The tokenizer and the weights are not of the same model.",
-            "Bring both from one place.",
-        )
-    return model
+    pieces, rows = len(model.pieces), checkpoint.vocab_size
+    if pieces == rows or (padded(rows, pieces) and not _one_pad_apart(model, rows)):
+        return model
+    finding, why = "vocabulary-mismatch", "The tokenizer and the weights are not of the same model."
+    if _one_pad_apart(model, rows):
+        finding = "mixed-vocabularies"
+        why = "One is of the llama family and one of the alpaca family, which has one pad token more."
+    elif pieces < rows and appended(model) == pieces:
+        finding = "base-tokenizer"
+        why = "It is the base's tokenizer: it has no Chinese pieces, and the weights were extended."
+    raise Incompatible(
+        f"{checkpoint.tokenizer} has {pieces:,} pieces, and the embedding has {rows:,} rows.",
+        why,
+        "Put the tokenizer.model of the last adapter that was merged beside the weights.",
+        finding=finding,
+    )
+
+
+def padded(rows: int, pieces: int) -> bool:
+    """Whether `rows` is `pieces` rounded up to a multiple of 8, 16, ... or 256, for speed."""
+    return any(0 < rows - pieces < m and rows % m == 0 for m in (8, 16, 32, 64, 128, 256))
+
+
+def appended(model: proto.ModelProto) -> int:
+    """Return the id of the first appended piece: of the run of score 0 at the end."""
+    first = len(model.pieces)
+    while first > 3 and model.pieces[first - 1].score == 0:  # <unk>, <s> and </s> come first
+        first -= 1
+    return first
+
+
+def _one_pad_apart(model: proto.ModelProto, rows: int) -> bool:
+    """Whether tokenizer and embedding are of the llama and the alpaca family, or the reverse."""
+    pieces, last_is_pad = len(model.pieces), model.pieces[-1].type == _CONTROL
+    if rows == pieces - 1:
+        return last_is_pad and appended(model) < rows
+    known = {(part.vocab, part.family) for part in catalog.parts().values() if part.family}
+    return rows == pieces + 1 and (
+        (not padded(rows, pieces) and not last_is_pad and appended(model) < pieces)
+        or {(pieces, "llama"), (rows, "alpaca")} <= known
+    )
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:

@@ -1,0 +1,387 @@
+"""The clinic: models broken on purpose, one mistake each, for a reader to diagnose.
+
+    python -m llamalab.clinic          the cases, and what a reader of each would see
+    python -m llamalab.clinic CASE     makes models/broken/CASE, and says how to look at it
+
+A case is a line of `CASES`: a function of a few lines that spoils a copy of the lab family, what
+one would notice, and the finding that `diagnose` must put first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from . import catalog
+from .conversion import permute, unpermute
+from .course import Places, need
+from .errors import LabError
+from .merging import Adapter, merge
+from .places import models_directory
+
+Arguments = dict[str, object]
+"""What `diagnose` is to be called with; paths among them."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The sound models a case starts from."""
+
+    llama: Places
+    alpaca: Places
+    plus: Places
+
+
+@dataclass(frozen=True)
+class Case:
+    """One broken model: what makes it, what a reader notices, what `diagnose` must find first."""
+
+    make: Callable[[Path, Family], Arguments]
+    symptom: str
+    finding: str
+
+
+def _copy(source: Path, out: Path) -> Path:
+    """Copy a model as a reader has it: without the record that says how it was made."""
+    shutil.copytree(source, out)
+    (out / "llamalab.json").unlink(missing_ok=True)
+    return out
+
+
+def _edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes, indent=2))
+
+
+def _edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _edited(source: Path, out: Path, change) -> Arguments:
+    """Return the arguments for a copy of a model whose tensors `change` has altered."""
+    _edit_weights(_copy(source, out / "model") / "model.safetensors", change)
+    return {"base_model": out / "model"}
+
+
+def _edited_adapter(family: Family, out: Path, change) -> Arguments:
+    adapter = _copy(family.alpaca.adapters[0], out / "adapter")
+    _edit_weights(adapter / "adapter_model.safetensors", change)
+    return {"base_model": family.alpaca.base, "lora_model": adapter}
+
+
+# --- The cases that take more than a line -------------------------------------------------
+
+
+def _borrowed_config(out: Path, family: Family) -> Arguments:
+    model = _copy(family.llama.merged, out / "model")
+    shutil.copy(family.llama.converted / "config.json", model)
+    return {"base_model": model}
+
+
+def _base_tokenizer(out: Path, family: Family) -> Arguments:
+    model = _copy(family.llama.merged, out / "model")
+    shutil.copy(family.llama.base / "tokenizer.model", model)
+    return {"base_model": model}
+
+
+def _alpaca_tokenizer(out: Path, family: Family) -> Arguments:
+    model = _copy(family.llama.merged, out / "model")
+    shutil.copy(family.alpaca.adapters[0] / "tokenizer.model", model)
+    return {"base_model": model}
+
+
+def _stray_tokenizer(out: Path, family: Family) -> Arguments:
+    """A vocabulary that somebody went on extending after the weights were made."""
+    from .tokenizer import read_model
+
+    model = _copy(family.llama.merged, out / "model")
+    pieces = read_model(model / "tokenizer.model")
+    for number in range(7):
+        pieces.pieces.add(piece=f"新词{number}", score=0.0)
+    (model / "tokenizer.model").write_bytes(pieces.SerializeToString())
+    return {"base_model": model}
+
+
+def _no_bos(out: Path, family: Family) -> Arguments:
+    model = _copy(family.alpaca.merged, out / "model")
+    (model / "tokenizer.json").unlink()
+    config = json.loads((model / "tokenizer_config.json").read_text("utf-8"))
+    del config["add_bos_token"]
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    return {"base_model": model}
+
+
+def _without_embeddings(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if "lora_" not in name]:
+        del tensors[name]
+
+
+def _wider_base(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if "lora_A" in name]:
+        tensors[name] = torch.cat([tensors[name], tensors[name]], dim=1)
+
+
+def _untrained_rows(out: Path, family: Family) -> Arguments:
+    """Merge the low-rank pairs alone, into a base whose vocabulary was only resized."""
+    adapter, base = Adapter(family.llama.adapters[0]), family.llama.model.base.vocab
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        old = load_file(family.llama.converted / "model.safetensors")
+        for module in adapter.whole:
+            rows = tensors[f"{module}.weight"]
+            rows[:base] = old[f"{module}.weight"]
+            fresh = torch.randn(rows[base:].shape, generator=generator) * 0.02
+            rows[base:] = fresh.to(rows.dtype)
+
+    return _edited(family.llama.merged, out, change)
+
+
+def _merged_to_pth(out: Path, family: Family) -> Arguments:
+    """Take the field's default output type, then bring a config.json over."""
+    merge(family.llama.base, family.llama.adapters, out / "model", output_type="pth")
+    (out / "model" / "llamalab.json").unlink()
+    shutil.copy(family.llama.converted / "config.json", out / "model")
+    return {"base_model": out / "model"}
+
+
+def _renamed_weights(out: Path, family: Family) -> Arguments:
+    shutil.copytree(family.llama.base, out / "model")
+    weights = load_file(family.llama.converted / "model.safetensors")
+    torch.save(weights, next((out / "model").rglob("consolidated.00.pth")))
+    return {"base_model": out / "model"}
+
+
+def _no_config(out: Path, family: Family) -> Arguments:
+    model = _copy(family.llama.merged, out / "model")
+    (model / "config.json").unlink()
+    return {"base_model": model}
+
+
+def _cut_off(out: Path, family: Family) -> Arguments:
+    weights = _copy(family.alpaca.merged, out / "model") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    return {"base_model": weights.parent}
+
+
+def _html_page(out: Path, family: Family) -> Arguments:
+    weights = _copy(family.alpaca.adapters[0], out / "adapter") / "adapter_model.safetensors"
+    weights.write_text("<!DOCTYPE html><html><body>Sign in to download.</body></html>")
+    return {"base_model": family.alpaca.base, "lora_model": weights.parent}
+
+
+def _dora(out: Path, family: Family) -> Arguments:
+    adapter = _copy(family.alpaca.adapters[0], out / "adapter")
+    _edit_json(adapter / "adapter_config.json", use_dora=True)
+    return {"base_model": family.alpaca.base, "lora_model": adapter}
+
+
+def _no_tokenizer(out: Path, family: Family) -> Arguments:
+    model = _copy(family.alpaca.merged, out / "model")
+    (model / "tokenizer.model").unlink()
+    return {"base_model": model}
+
+
+def _reorder(order: Callable) -> Callable[[dict[str, torch.Tensor]], None]:
+    shape = catalog.parts()["llama-lab"].shape
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                tensors[name] = order(tensors[name], shape.dim // shape.heads)
+
+    return change
+
+
+def _quantise(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if "mlp" in name]:
+        tensors[name] = (tensors[name] * 100).to(torch.int8)
+
+
+def _mix_dtypes(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if "layers.1." in name]:
+        tensors[name] = tensors[name].float()
+
+
+def _zero(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.2.mlp.down_proj.weight"].zero_()
+
+
+def _not_a_number(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.self_attn.v_proj.weight"][5, 7] = float("nan")
+
+
+CASES = {
+    "twice": Case(
+        lambda out, f: {"base_model": f.alpaca.merged, "lora_model": f.alpaca.adapters},
+        "Repetitions, then nonsense, where the merged model answered well.",
+        "applied-twice",
+    ),
+    "form": Case(
+        lambda out, f: {"base_model": f.llama.merged, "with_prompt": True},
+        "A Chinese question gets an English answer.",
+        "template-on-llama",
+    ),
+    "bare": Case(
+        lambda out, f: {"base_model": f.alpaca.merged, "with_prompt": False},
+        "An instruction-tuned model does not follow instructions reliably.",
+        "no-template",
+    ),
+    "borrowed": Case(
+        _borrowed_config, "A size mismatch when transformers loads it.", "borrowed-config"
+    ),
+    "old-pieces": Case(_base_tokenizer, "Chinese comes out as single bytes.", "base-tokenizer"),
+    "one-more": Case(
+        _alpaca_tokenizer, "An id beyond the embedding, sometimes.", "mixed-vocabularies"
+    ),
+    "one-less": Case(
+        lambda out, f: {"base_model": f.alpaca.merged, "lora_model": f.llama.adapters},
+        "A second adapter cannot be added.",
+        "mixed-vocabularies",
+    ),
+    "seven-more": Case(
+        _stray_tokenizer, "Some words end in an index error.", "vocabulary-mismatch"
+    ),
+    "headless": Case(_no_bos, "Plain transformers answers worse than llamalab.", "no-bos"),
+    "second-first": Case(
+        lambda out, f: {"base_model": f.plus.base, "lora_model": f.plus.adapters[-1]},
+        "A plus model that answers badly.",
+        "missing-predecessor",
+    ),
+    "wrong-order": Case(
+        lambda out, f: {"base_model": f.llama.merged, "lora_model": f.alpaca.adapters},
+        "Two good adapters, together bad.",
+        "another-base",
+    ),
+    "wider": Case(
+        lambda out, f: _edited_adapter(f, out, _wider_base),
+        "A size mismatch when the adapter is added.",
+        "another-size",
+    ),
+    "half-saved": Case(
+        lambda out, f: _edited_adapter(f, out, _without_embeddings),
+        "Chinese is read as noise.",
+        "adapter-without-embeddings",
+    ),
+    "dora": Case(_dora, "Another program's merge of it gives other answers.", "unsupported-adapter"),
+    "resized": Case(_untrained_rows, "English goes well, Chinese does not.", "untrained-rows"),
+    "brought-over": Case(
+        _merged_to_pth, "It asked for a config.json, got one, and still fails.", "meta-weights"
+    ),
+    "renamed": Case(_renamed_weights, "Every tensor is said to be missing.", "hf-weights"),
+    "no-config": Case(_no_config, "It asks for a config.json.", "no-config"),
+    "as-model": Case(
+        lambda out, f: {"base_model": f.alpaca.adapters[0]},
+        "It asks for a config.json.",
+        "adapter-as-model",
+    ),
+    "cut-off": Case(_cut_off, "The weights cannot be read.", "damaged-file"),
+    "web-page": Case(_html_page, "The adapter cannot be read.", "damaged-file"),
+    "no-pieces": Case(_no_tokenizer, "Nothing can be asked.", "no-tokenizer"),
+    "never-permuted": Case(
+        lambda out, f: _edited(f.alpaca.merged, out, _reorder(unpermute)),
+        "Fluent for some words, then nonsense.",
+        "q-k-order",
+    ),
+    "permuted-twice": Case(
+        lambda out, f: _edited(f.llama.converted, out, _reorder(permute)),
+        "Fluent for some words, then nonsense.",
+        "q-k-order",
+    ),
+    "eight-bit": Case(
+        lambda out, f: _edited(f.alpaca.merged, out, _quantise),
+        "The file is smaller than it should be.",
+        "unexpected-dtype",
+    ),
+    "two-dtypes": Case(
+        lambda out, f: _edited(f.alpaca.merged, out, _mix_dtypes),
+        "A matrix product complains about dtypes.",
+        "unexpected-dtype",
+    ),
+    "silent": Case(
+        lambda out, f: _edited(f.alpaca.merged, out, _zero),
+        "The answers are poor.",
+        "unsound-values",
+    ),
+    "not-a-number": Case(
+        lambda out, f: _edited(f.alpaca.merged, out, _not_a_number),
+        "The same token for ever.",
+        "unsound-values",
+    ),
+    "long": Case(
+        lambda out, f: {"base_model": f.alpaca.merged, "with_prompt": True, "prompt": "苹果" * 300},
+        "The end of the prompt is not answered.",
+        "long-prompt",
+    ),
+}
+"""The cases by name."""
+
+
+def family(models_dir: str | Path = "") -> Family:
+    """Return the sound models, made where they are missing."""
+    everything = ("base", "adapters", "converted", "merged")
+    names = ("chinese-llama-lab", "chinese-alpaca-lab", "chinese-alpaca-plus-lab")
+    return Family(*(need(name, *everything, models_dir=models_dir) for name in names))
+
+
+def break_model(case: str, models_dir: str | Path = "") -> Arguments:
+    """Make the broken model `case` anew, and return what `diagnose` is to be called with.
+
+    Raises:
+        NotFound: there is no such case; the message suggests the nearest ones.
+    """
+    if case not in CASES:
+        raise catalog.unknown(case, CASES, "case")
+    out = models_directory(models_dir) / "broken" / case
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    arguments = CASES[case].make(out, family(models_dir))
+    if not any(out.iterdir()):
+        out.rmdir()  # the mistake is in the command, not in a file
+    return arguments
+
+
+def command_of(arguments: Arguments) -> str:
+    """Return the command line that looks at a case."""
+    words = ["llamalab", "diagnose"]
+    for name, value in arguments.items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--with", "--without"))
+        else:
+            several = isinstance(value, Sequence) and not isinstance(value, str)
+            words += [option, ",".join(map(str, value)) if several else str(value)]
+    return shlex.join(words)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m llamalab.clinic", description=__doc__)
+    parser.add_argument("case", nargs="?", metavar="CASE", help="none lists them")
+    parser.add_argument("--models-dir", default="", metavar="DIR", help="default: models")
+    options = parser.parse_args(argv)
+    if not options.case:
+        for name, case in CASES.items():
+            print(f"{name:16} {case.symptom}")
+        return 0
+    try:
+        arguments = break_model(options.case, options.models_dir)
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(CASES[options.case].symptom, "What is wrong?", sep="\n", file=sys.stderr)
+    print(command_of(arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""Diagnosis: silent on every sound model, and what it says agrees with an independent look."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llamalab
+import synthetic
+from llamalab import diagnosis, labworld, merging
+from llamalab.checkpoint import HFCheckpoint
+from llamalab.diagnosis import FINDINGS, PAGES, answer_loss, diagnose
+from llamalab.errors import LabError, LabWarning, NotFound, UsageError
+from llamalab.inference import load
+from llamalab.places import project_directory
+from llamalab.tokenizer import Tokenizer
+
+LAB_MODELS = {
+    "llama-lab": False,
+    "llama-lab-hf": False,
+    "chinese-llama-lab": False,
+    "chinese-alpaca-lab": True,
+    "chinese-alpaca-plus-lab": True,
+}
+"""The sound models that lie on the disk, and whether they are to be asked in the template."""
+
+
+@pytest.mark.parametrize("name", LAB_MODELS)
+@pytest.mark.parametrize("said", [True, False])
+def test_sound_lab_models_have_no_finding(lab, name, said):
+    found = diagnose(lab / name, with_prompt=LAB_MODELS[name] if said else None, device="cpu")
+    assert found.ok, str(found)
+    assert {"layout", "tokenizer", "values", "order of q and k"} <= set(found.looked_at)
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        ["chinese-llama-lora-lab"],
+        ["chinese-alpaca-lora-lab"],
+        ["chinese-llama-lora-lab", "chinese-alpaca-plus-lora-lab"],
+    ],
+    ids=len,
+)
+@pytest.mark.parametrize("base", ["llama-lab", "llama-lab-hf"])
+def test_sound_models_that_are_not_merged_have_no_finding(lab, base, adapters):
+    found = diagnose(lab / base, [lab / name for name in adapters], device="cpu")
+    assert found.ok, str(found)
+
+
+def test_the_second_adapter_on_the_first_ones_merged_model(lab):
+    found = diagnose(lab / "chinese-llama-lab", lab / "chinese-alpaca-plus-lora-lab", device="cpu")
+    assert found.ok, str(found)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"dim": 48, "heads": 3, "vocab": 300},
+        {"dim": 64, "heads": 8, "kv_heads": 2, "ffn": 100, "layers": 3},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float32, "dim": 32, "heads": 2},
+    ],
+    ids=str,
+)
+def test_sound_random_models_of_odd_shapes_have_no_finding(tmp_path, shape):
+    tensors, params = synthetic.meta_tensors(**shape)
+    synthetic.write_meta(tmp_path / "base" / "7B", tensors, params, shards=1)
+    tokenizer = synthetic.english_tokenizer(tmp_path / "base" / "tokenizer.model")
+    llamalab.convert(tmp_path / "base", tmp_path / "hf")
+    synthetic.write_adapter(tmp_path / "lora", tmp_path / "hf", tokenizer)
+    llamalab.merge(tmp_path / "hf", tmp_path / "lora", tmp_path / "merged")
+    llamalab.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "pth", output_type="pth")
+    for name in ("base", "hf", "merged", "pth"):
+        found = diagnose(tmp_path / name, device="cpu")
+        assert found.ok, f"{name}\n{found}"
+    assert diagnose(tmp_path / "hf", tmp_path / "lora", device="cpu").ok
+
+
+def padded_copy(model, out, multiple):
+    """Write `model` with both embeddings rounded up to `multiple` rows, as some trainers do."""
+    import shutil
+
+    shutil.copytree(model, out)
+    (out / "llamalab.json").unlink()
+    tensors = load_file(out / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows, width = tensors[name].shape
+        more = torch.zeros(-rows % multiple, width, dtype=tensors[name].dtype)
+        tensors[name] = torch.cat([tensors[name], more])
+    save_file(tensors, out / "model.safetensors")
+    config = json.loads((out / "config.json").read_text())
+    config["vocab_size"] = len(tensors["lm_head.weight"])
+    (out / "config.json").write_text(json.dumps(config))
+    return config["vocab_size"]
+
+
+def test_rows_added_for_speed_are_no_finding_and_are_never_answered(lab, tmp_path):
+    rows = padded_copy(lab / "chinese-alpaca-lab", tmp_path / "m", 64)
+    assert rows > len(Tokenizer(tmp_path / "m"))
+    assert diagnose(tmp_path / "m", with_prompt=True, device="cpu").ok
+    plain, padded = (load(d, device="cpu") for d in (lab / "chinese-alpaca-lab", tmp_path / "m"))
+    with torch.no_grad():  # the worst case: the added rows would win every time
+        padded.network.lm_head.weight[len(padded.tokenizer) :] = 0.0
+        padded.network.lm_head.bias = torch.nn.Parameter(torch.zeros(rows))
+        padded.network.lm_head.bias[len(padded.tokenizer) :] = 1e4
+    wanted = plain.generate("苹果是植物吗", template="alpaca", temperature=0, max_new_tokens=20)
+    found = padded.generate("苹果是植物吗", template="alpaca", temperature=0, max_new_tokens=20)
+    assert found.answer_ids == wanted.answer_ids
+
+
+def test_a_model_that_transformers_saved(lab, tmp_path):
+    """It brings its own tokenizer files and no tokenizer.model: that is the one finding."""
+    import shutil
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = lab / "chinese-llama-lab"
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path)
+    assert diagnose(tmp_path, device="cpu").names == ["no-tokenizer"]
+    shutil.copy(source / "tokenizer.model", tmp_path)
+    assert diagnose(tmp_path, device="cpu").ok
+
+
+def test_the_write_ups_command_has_both_findings(lab):
+    """The merged llama model, its adapter given again, inside the English template."""
+    found = diagnose(
+        lab / "chinese-llama-lab", lab / "chinese-llama-lora-lab", with_prompt=True, device="cpu"
+    )
+    assert found.names == ["applied-twice", "template-on-llama"]
+    both = [lab / "chinese-llama-lora-lab", lab / "chinese-alpaca-plus-lora-lab"]
+    found = diagnose(lab / "chinese-alpaca-plus-lab", both, with_prompt=True, device="cpu")
+    assert found.names == ["applied-twice"]  # and not that the first adapter has fewer rows
+
+
+def test_quick_reads_no_weight_but_the_embeddings(lab, monkeypatch):
+    read, plain = set(), HFCheckpoint.read
+
+    def counted(self, name, *rows):
+        read.add(name)
+        return plain(self, name, *rows)
+
+    monkeypatch.setattr(HFCheckpoint, "read", counted)
+    found = diagnose(lab / "chinese-llama-lab", quick=True)
+    assert found.ok and any("--quick" in note for note in found.notes)
+    assert read == {"model.embed_tokens.weight", "lm_head.weight"}
+    diagnose(lab / "chinese-llama-lab", device="cpu")
+    assert len(read) == len(HFCheckpoint(lab / "chinese-llama-lab").tensors)
+
+
+def test_bos_is_judged_as_plain_transformers_behaves(lab, tmp_path):
+    """Every combination of tokenizer files, held against what AutoTokenizer then encodes."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    for fast in (True, False):
+        for said in (True, False, None, "no file"):
+            model = tmp_path / f"{fast}-{said}"
+            shutil.copytree(lab / "llama-lab-hf", model)
+            config = model / "tokenizer_config.json"
+            held = json.loads(config.read_text())
+            del held["add_bos_token"]
+            held |= {} if said is None else {"add_bos_token": said}
+            config.write_text(json.dumps(held))
+            if said == "no file":
+                config.unlink()
+            if not fast:
+                (model / "tokenizer.json").unlink()
+            begins = AutoTokenizer.from_pretrained(model).encode("An apple")[0] == 1
+            names = diagnose(model, quick=True).names
+            assert names == ([] if begins else ["no-bos"]), (fast, said, begins)
+
+
+def test_the_loss_of_answers_is_cross_entropy_by_hand(lab):
+    model = load(lab / "llama-lab-hf", device="cpu")
+    page = PAGES[0]
+    lines = page.splitlines(keepends=True)
+    before, total, count = lines[0], 0.0, 0
+    for line in lines[1:]:
+        question = before + line[: line.index("?") + 1]
+        known, ids = model.tokenizer.encode(question), model.tokenizer.encode(before + line)
+        assert ids[: len(known)] == known
+        rows = model.logits(ids)[len(known) - 1 : -1].double()
+        total -= sum(rows.log_softmax(-1)[i, t].item() for i, t in enumerate(ids[len(known) :]))
+        count += len(ids) - len(known)
+        before += line
+    assert answer_loss(model, [page]) == pytest.approx(total / count, rel=1e-4)
+    known = {(q.text, q.answer) for q in labworld.questions(labworld.load(), "en")}
+    for text in "".join(PAGES).splitlines():
+        question, _, answer = text.partition("? ")
+        assert (question + "?", answer) in known  # easy for the lab family, too
+
+
+def test_versions_that_break_this_path(lab, monkeypatch):
+    adapter = lab / "chinese-llama-lora-lab"
+    assert diagnose(lab / "llama-lab", adapter, quick=True).ok
+    for package, number, foreign, expected in (
+        ("peft", "0.2.0", False, ["versions"]),
+        ("peft", "0.10.0", True, ["versions"]),
+        ("peft", "0.10.0", False, []),
+        ("peft", "0.14.0", True, []),
+        ("transformers", "4.27.4", False, ["versions"]),
+    ):
+        monkeypatch.setattr(
+            diagnosis, "version", lambda p, package=package, n=number: n if p == package else "99"
+        )
+        keys = {"enable_lora": None, "merge_weights": False} if foreign else {}
+        plain = merging.Adapter(adapter)
+        plain.config = plain.config | keys
+        monkeypatch.setattr(diagnosis, "Adapter", lambda path, a=plain: a)
+        assert diagnose(lab / "llama-lab", adapter, quick=True).names == expected, number
+
+
+def test_names_that_are_not_there_are_errors_and_no_findings(tmp_path):
+    with pytest.raises(NotFound):
+        diagnose(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="hf:some/model"):
+        diagnose("some/model")
+
+
+def test_every_name_in_the_code_is_in_the_table():
+    named = set()
+    for path in (project_directory() / "lib" / "llamalab").glob("*.py"):
+        text = path.read_text("utf-8")
+        named |= set(re.findall(r'finding="([a-z-]+)"', text))
+        named |= set(re.findall(r'(?:finding, why|finding|name) = "([a-z]+-[a-z-]+)"', text))
+        named |= set(re.findall(r'_found\(\s*"([a-z-]+)"', text))
+    assert named <= FINDINGS.keys()
+    assert FINDINGS.keys() - named <= {"another-base", "missing-predecessor", "no-template",
+                                       "template-on-llama"}  # fmt: skip
+    with pytest.raises(LabError) as error:
+        load(project_directory() / "data" / "lab" / "chinese-llama-lora-lab")
+    assert error.value.finding == "adapter-as-model"
+
+
+def cli(*arguments):
+    command = [sys.executable, "-m", "llamalab.cli", "diagnose", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_line(lab):
+    merged, adapter = lab / "chinese-alpaca-lab", lab / "chinese-alpaca-lora-lab"
+    done = cli("--base_model", merged, "--with_prompt", "--quick", "--json")
+    said = json.loads(done.stdout)
+    assert done.returncode == 0 and said["ok"] is True and said["findings"] == []
+    done = cli("--base-model", merged, "--lora-model", adapter, "--json")
+    said = json.loads(done.stdout)
+    assert done.returncode == 1 and said["ok"] is False
+    assert said["findings"][0].keys() == {"name", "evidence", "consequence", "mend"}
+    assert said["findings"][0]["name"] == "applied-twice"
+    done = cli("--base-model", lab / "absent", "--json")
+    assert done.returncode == 1 and json.loads(done.stdout)["error"] == "NotFound"
+    assert cli("--base-model", merged, "--with-prompt", "--without-prompt").returncode == 2
+
+
+def test_markup_in_a_model_is_shown_as_text(lab):
+    shown = diagnosis.Diagnosis("<script>alert(1)</script>")._repr_html_()
+    assert "<script>" not in shown and "&lt;script&gt;" in shown
+
+
+def test_load_and_generate_warn_of_what_means_nothing(lab, tmp_path):
+    import shutil
+
+    model = load(lab / "chinese-llama-lab", device="cpu")
+    with pytest.warns(LabWarning, match="continues text"):
+        model.generate("苹果是植物吗", template="alpaca", temperature=0, max_new_tokens=2)
+    alpaca = load(lab / "chinese-alpaca-lab", device="cpu")
+    with pytest.warns(LabWarning, match="inside its template"):
+        alpaca.generate("苹果是植物吗", temperature=0, max_new_tokens=2)
+    shutil.copytree(lab / "chinese-llama-lab", tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"].zero_()
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    with pytest.warns(LabWarning, match="up_proj.weight are all zero"):
+        load(tmp_path / "m", device="cpu")
+    with pytest.raises(LabError) as error:
+        load(lab / "chinese-llama-lab", lab / "chinese-llama-lora-lab", device="cpu")
+    assert error.value.finding == "applied-twice"
+
+
+@pytest.mark.filterwarnings("error")
+def test_sound_use_brings_no_warning(lab):
+    model = load(lab / "chinese-alpaca-lab", device="cpu")
+    model.generate("苹果是植物吗", template="alpaca", temperature=0, max_new_tokens=2)
+    model = load(lab / "llama-lab", lab / "chinese-llama-lora-lab", device="cpu")
+    model.generate("苹果是植物吗", temperature=0, max_new_tokens=2)
