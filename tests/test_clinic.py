@@ -18,7 +18,7 @@ def test_each_case_gets_its_finding_and_no_other(name, lab):
     found = diagnose(**arguments, device="cpu")
     assert found.names == [clinic.CASES[name].finding], str(found)
     finding = found.findings[0]
-    assert finding.evidence and finding.consequence and finding.mend
+    assert finding.evidence and finding.consequence and finding.command
     assert not found.ok and finding.name in str(found)
 
 

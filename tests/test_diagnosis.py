@@ -254,8 +254,9 @@ def test_the_command_line(lab):
     done = cli("--base-model", merged, "--lora-model", adapter, "--json")
     said = json.loads(done.stdout)
     assert done.returncode == 1 and said["ok"] is False
-    assert said["findings"][0].keys() == {"name", "evidence", "consequence", "mend"}
+    assert said["findings"][0].keys() == {"name", "evidence", "consequence", "mend", "command"}
     assert said["findings"][0]["name"] == "applied-twice"
+    assert said["findings"][0]["command"] == f"llamalab generate --base-model {merged}"
     done = cli("--base-model", lab / "absent", "--json")
     assert done.returncode == 1 and json.loads(done.stdout)["error"] == "NotFound"
     assert cli("--base-model", merged, "--with-prompt", "--without-prompt").returncode == 2

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import llamalab
+from llamalab import labmodel, labworld
 from llamalab.errors import Incompatible, NotFound, UsageError
-from llamalab.inference import _Emitter, load, pick_device
+from llamalab.inference import _Emitter, answer_all, load, pick_device
+from llamalab.templates import TEMPLATES
 from llamalab.tokenizer import Tokenizer
 
 
@@ -171,3 +173,17 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_loading(merged, family,
     (tmp_path / "m" / "tokenizer.model").unlink()
     with pytest.raises(NotFound, match="No tokenizer.model"):
         load(tmp_path / "m", device="cpu")
+
+
+def test_batched_answers_are_the_single_ones(lab):
+    """Prompts of many lengths, so that each batch is padded; greedy in float32."""
+    model = load(lab / "chinese-alpaca-lab", device="cpu")
+    chosen = labmodel.sample(labworld.questions(labworld.load(), "zh"), 12)
+    prompts = [TEMPLATES["alpaca"].render(q.text) for q in chosen] + ["苹果", "它是什么？" * 5]
+    batched = answer_all(model, prompts, batch_size=5)
+    for prompt, answer in zip(prompts, batched, strict=True):
+        ids = model.tokenizer.encode(prompt)
+        single = model._sample(
+            ids, {"temperature": 0}, 48, 0, _Emitter(model.tokenizer, ids, (), None)
+        )
+        assert model.tokenizer.continuation(ids, single) == answer

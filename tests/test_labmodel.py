@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from llamalab import catalog, labmodel, labworld
 from llamalab.checkpoint import MetaCheckpoint
 from llamalab.digest import read_checklist
-from llamalab.inference import load
+from llamalab.inference import answer_all, load
 from llamalab.merging import Adapter, compose
 from llamalab.places import project_directory
 from llamalab.templates import TEMPLATES
@@ -134,16 +134,6 @@ def test_training_ids_are_the_ids_of_inference():
             assert tokenizer.continuation(known, ids[len(known) :]) == answer.removesuffix("</s>")
 
 
-def test_batched_answers_are_the_single_ones():
-    model = load(LAB / labmodel.BASE, LAB / labmodel.ALPACA, device="cpu")
-    chosen = labmodel.sample(labworld.questions(labworld.load(), "zh"), 12)
-    prompts = [TEMPLATES["alpaca"].render(q.text) for q in chosen]
-    batched = labmodel.answer_all(model, prompts, batch=5)
-    for question, answer in zip(chosen, batched, strict=True):
-        single = model.generate(question.text, template="alpaca", temperature=0, max_new_tokens=48)
-        assert single.text == answer
-
-
 def test_the_shipped_files_keep_the_catalogues_claims():
     """A sample of held-out questions; `score` measures more."""
     from llamalab.scoring import cjk_share, exact
@@ -153,14 +143,14 @@ def test_the_shipped_files_keep_the_catalogues_claims():
     expects = catalog.model("chinese-alpaca-lab").expects
     model = load(LAB / labmodel.BASE, LAB / labmodel.ALPACA, device="cpu")
     prompts = [TEMPLATES["alpaca"].render(q.text) for q in chosen]
-    answers = labmodel.answer_all(model, prompts)
+    answers = answer_all(model, prompts)
     right = sum(exact(a, q.answer) for a, q in zip(answers, chosen, strict=True)) / len(chosen)
     assert right >= expects["chinese_exact"] >= 0.8
     base = load(LAB / labmodel.BASE, device="cpu")
-    shares = [cjk_share(a) or 0.0 for a in labmodel.answer_all(base, [q.text for q in chosen])]
+    shares = [cjk_share(a) or 0.0 for a in answer_all(base, [q.text for q in chosen])]
     assert sum(shares) / len(shares) <= expects["base_cjk_share_at_most"] <= 0.05
     # Negative control: the base alone does not know.
-    answers = labmodel.answer_all(base, prompts)
+    answers = answer_all(base, prompts)
     assert not any(exact(a, q.answer) for a, q in zip(answers, chosen, strict=True))
 
 

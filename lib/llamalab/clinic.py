@@ -273,8 +273,12 @@ CASES = {
         "Chinese is read as noise.",
         "adapter-without-embeddings",
     ),
-    "dora": Case(_dora, "Another program's merge of it gives other answers.", "unsupported-adapter"),
-    "resized": Case(_untrained_rows, "English goes well, Chinese does not.", "untrained-rows"),
+    "dora": Case(
+        _dora, "Another program's merge of it gives other answers.", "unsupported-adapter"
+    ),
+    "resized": Case(
+        _untrained_rows, "Chinese questions get English words that say little.", "untrained-rows"
+    ),
     "brought-over": Case(
         _merged_to_pth, "It asked for a config.json, got one, and still fails.", "meta-weights"
     ),

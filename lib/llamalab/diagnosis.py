@@ -12,6 +12,7 @@ The rest are doubts that no program of the field raises, each one a function her
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -35,18 +36,22 @@ from .tokenizer import Tokenizer, appended, fitting_model
 
 
 class Kind(NamedTuple):
-    """One line of the troubleshooting table: what a reader sees, why, and the command that helps."""
+    """One line of the troubleshooting table: what a reader sees, why, and the command that helps.
+
+    In the command, MODEL and ADAPTER stand for what was given; BASE, META and OUT are the reader's
+    to fill in: the base model, Meta's files and a new directory.
+    """
 
     symptom: str
     cause: str
-    mend: str
+    command: str
 
 
 FINDINGS = {
     "adapter-as-model": Kind(
         "An adapter's directory is given as a model",
         "An adapter holds changes to a base model and is none itself.",
-        "llamalab merge --base-model BASE --lora-model ADAPTER --output-dir OUT",
+        "llamalab merge --base-model BASE --lora-model MODEL --output-dir OUT",
     ),
     "no-config": Kind(
         "`does not appear to have a file named config.json`",
@@ -58,7 +63,7 @@ FINDINGS = {
         "A config.json was brought over, and the model still does not load, or loads with random "
         "weights",
         "The weights are in Meta layout: other names, and another order of rows.",
-        "llamalab convert --input-dir META --output-dir OUT",
+        "llamalab convert --input-dir MODEL --output-dir OUT",
     ),
     "hf-weights": Kind(
         "Weights in HF layout lie in a consolidated.00.pth",
@@ -68,12 +73,12 @@ FINDINGS = {
     "damaged-file": Kind(
         "`An HTML page, not the file`, a file that ends early, or one that is missing",
         "A download was answered by a login or error page, or was cut off.",
-        "llamalab verify DIR",
+        "llamalab verify MODEL",
     ),
     "unexpected-dtype": Kind(
         "Weights of whole numbers, or of several dtypes",
         "The file was quantised, or put together from two models.",
-        "llamalab download NAME",
+        "llamalab verify MODEL",
     ),
     "borrowed-config": Kind(
         "A size mismatch for embed_tokens when the model is loaded",
@@ -84,12 +89,12 @@ FINDINGS = {
     "no-tokenizer": Kind(
         "There is no tokenizer.model",
         "Without it nobody can say which piece a row of the embedding stands for.",
-        "llamalab download NAME",
+        "cp ADAPTER/tokenizer.model MODEL/",
     ),
     "base-tokenizer": Kind(
         "Chinese comes out as single bytes, or not at all",
         "The base's tokenizer lies beside the merged model: it knows no Chinese piece.",
-        "llamalab generate --tokenizer-path ADAPTER",
+        "cp ADAPTER/tokenizer.model MODEL/",
     ),
     "mixed-vocabularies": Kind(
         "49,953 meets 49,954: `fewer than the base's`",
@@ -99,7 +104,7 @@ FINDINGS = {
     "vocabulary-mismatch": Kind(
         "The tokenizer has more or fewer pieces than the embedding has rows",
         "Tokenizer and weights are of two models.",
-        "llamalab download NAME",
+        "cp ADAPTER/tokenizer.model MODEL/",
     ),
     "no-bos": Kind(
         "Plain transformers answers worse than llamalab",
@@ -109,12 +114,12 @@ FINDINGS = {
     "applied-twice": Kind(
         "`The base already contains the adapter`; where it is not refused: repetitions, nonsense",
         "The model is merged, and --lora-model was given again: every change counts twice.",
-        "llamalab generate --base-model MERGED, without --lora-model",
+        "llamalab generate --base-model MODEL",
     ),
     "another-size": Kind(
         "The adapter's matrices do not fit the base's",
         "It was trained on a model of another size.",
-        "llamalab download NAME",
+        "llamalab models",
     ),
     "another-base": Kind(
         "The adapter fits, and the answers mean nothing",
@@ -137,7 +142,7 @@ FINDINGS = {
         "merge_and_unload of PEFT",
     ),
     "untrained-rows": Kind(
-        "English goes well, Chinese is read as noise",
+        "A Chinese question gets English words that say little",
         "The vocabulary was extended and the new rows were never filled: the adapter's embeddings "
         "were dropped on the way.",
         "llamalab merge --base-model BASE --lora-model ADAPTER --output-dir OUT",
@@ -145,7 +150,7 @@ FINDINGS = {
     "unsound-values": Kind(
         "One token for ever, or `nan`",
         "Weights are all zero, NaN or infinite.",
-        "llamalab verify DIR",
+        "llamalab verify MODEL",
     ),
     "q-k-order": Kind(
         "Fluent for some words, then nonsense",
@@ -155,7 +160,7 @@ FINDINGS = {
     "template-on-llama": Kind(
         "A Chinese question, an English answer",
         "A llama model continues text; inside the English template it goes on in English.",
-        "llamalab generate --base-model MODEL, without --with-prompt",
+        "llamalab generate --base-model MODEL",
     ),
     "no-template": Kind(
         "An alpaca model rambles",
@@ -207,15 +212,12 @@ class Finding:
     evidence: str
     consequence: str
     mend: str
+    command: str
 
     def __str__(self) -> str:
-        rows = {
-            "evidence": self.evidence,
-            "consequence": self.consequence,
-            "mend": self.mend,
-        }
-        lines = [f"FOUND  {self.name}"]
-        return "\n".join(lines + [f"         {key:12} {text}" for key, text in rows.items() if text])
+        rows = asdict(self)
+        lines = [f"FOUND  {rows.pop('name')}"]
+        return "\n".join(lines + [f"       {key:12} {text}" for key, text in rows.items() if text])
 
 
 @dataclass(frozen=True)
@@ -279,8 +281,8 @@ def diagnose(
     Raises:
         NotFound, UsageError: there is nothing under one of the names.
     """
-    case = _Case(locate(base_model, models_dir))
     adapters = [locate(item, models_dir) for item in adapter_list(lora_model)]
+    case = _Case(locate(base_model, models_dir), adapters)
     view = case.look("layout", lambda: as_hf(open_checkpoint(case.directory)))
     if adapters:
         opened = [case.look("adapters", Adapter, path) for path in adapters]
@@ -313,8 +315,8 @@ def diagnose(
 class _Case:
     """A diagnosis in the making: runs checks, and keeps what they raise as findings."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self, directory: Path, adapters: Sequence[Path]):
+        self.directory, self.adapters = directory, adapters
         self.findings: list[Finding] = []
         self.notes: list[str] = []
         self.looked_at: list[str] = []
@@ -331,9 +333,12 @@ class _Case:
         except LabError as error:
             name = error.finding or "damaged-file"
             kind = FINDINGS[name]
-            finding = Finding(name, error.what, error.why or kind.cause, error.fix or kind.mend)
+            given = {"MODEL": self.directory, "ADAPTER": ",".join(map(str, self.adapters))}
+            words = [re.sub(r"^(MODEL|ADAPTER)", lambda m: str(given[m[1]] or m[1]), word)
+                     for word in kind.command.split()]  # fmt: skip
+            why, command = error.why or kind.cause, " ".join(words)
             if name not in self.names:
-                self.findings.append(finding)
+                self.findings.append(Finding(name, error.what, why, error.fix, command))
             return None
 
     def end(self, subject: str) -> Diagnosis:
@@ -433,7 +438,7 @@ def _check_template(case: _Case, family: str, with_prompt: bool | None) -> None:
         template = "alpaca" if with_prompt else "none"
         if mistake := template_mistake(family, template):
             name = "template-on-llama" if family == "llama" else "no-template"
-            raise _found(name, mistake, FINDINGS[name].cause, f"Use '{FINDINGS[name].mend}'.")
+            raise _found(name, mistake)
 
     case.look("template", check)
 
@@ -460,9 +465,9 @@ def _context(view: Checkpoint) -> int:
 def _check_appended_rows(view: Checkpoint) -> None:
     """Hold the rows of appended pieces against the rows that were there before.
 
-    Rows that an initialiser left are all zero, all alike (the mean of the old rows), or drawn
-    from one normal distribution: then their lengths hardly differ, by 1 / sqrt(2 d) of their
-    mean in d dimensions. Trained rows differ several times as much.
+    An initialiser leaves rows that are all zero, all alike (the mean of the old rows), or drawn
+    at random: then their lengths hardly differ, by 1 / sqrt(2 d) of their mean in d dimensions.
+    Trained rows differ several times as much.
     """
     first = appended(fitting_model(view))
     last = len(fitting_model(view).pieces)
@@ -557,7 +562,9 @@ def _reorder(model: Model, order: Callable) -> None:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             weight = projection.weight.data
             head_dim = getattr(config, "head_dim", None)
-            weight.copy_(order(weight, head_dim or config.hidden_size // config.num_attention_heads))
+            weight.copy_(
+                order(weight, head_dim or config.hidden_size // config.num_attention_heads)
+            )
 
 
 def answer_loss(model: Model, pages: Sequence[str] = PAGES) -> float:
@@ -583,7 +590,9 @@ def table() -> str:
     """Return README's troubleshooting table, in Markdown."""
     lines = ["| what you see | why | what helps | `diagnose` says |", "|---|---|---|---|"]
     for name, kind in FINDINGS.items():
-        lines.append(f"| {kind.symptom} | {kind.cause} | `{kind.mend}` | {name} |")
+        is_command = kind.command.startswith(("llamalab ", "cp "))
+        helps = f"`{kind.command}`" if is_command else kind.command
+        lines.append(f"| {kind.symptom} | {kind.cause} | {helps} | {name} |")
     return "\n".join(lines)
 
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from . import labworld
 from .conversion import convert, names, unpermute
-from .inference import Model, load
+from .inference import Model, answer_all, load
 from .labworld import Question, World
 from .merging import merge
 from .places import project_directory
@@ -498,34 +498,6 @@ def train(
 
 
 # --- Scoring ------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def answer_all(
-    model: Model, prompts: Sequence[str], max_new_tokens: int = 48, batch: int = 64
-) -> list[str]:
-    """Return the greedy answers to `prompts`, computed in batches padded on the left."""
-    tokenizer, answers = model.tokenizer, {}
-    encoded = {i: tokenizer.encode(text) for i, text in enumerate(prompts)}
-    order = sorted(encoded, key=lambda i: len(encoded[i]))
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        longest = len(encoded[chosen[-1]])
-        ids = torch.full((len(chosen), longest), tokenizer.eos, device=model.device)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(chosen):
-            ids[row, longest - len(encoded[i]) :] = torch.tensor(encoded[i])
-            mask[row, longest - len(encoded[i]) :] = 1
-        out = model.network.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.eos,
-        )
-        for i, row in zip(chosen, out.tolist(), strict=True):
-            answers[i] = tokenizer.continuation(encoded[i], row[longest:])
-    return [answers[i] for i in range(len(prompts))]
 
 
 @dataclass(frozen=True)

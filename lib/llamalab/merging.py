@@ -28,6 +28,9 @@ from .places import locate
 from .tokenizer import read_model, tokenizer_files
 from .writer import Made, write
 
+LLAMA_2_ROWS = 55_296
+"""Rows of the embeddings of every published Chinese adapter for Llama-2."""
+
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 _WHOLE = re.compile(
     r"(?P<module>model\.embed_tokens|lm_head)"
@@ -366,6 +369,15 @@ def _check_published_order(base: Checkpoint, adapter: Adapter) -> None:
     A base that is not known can still be told to lack an earlier adapter: by its rows, where
     they are those of the vocabulary that was never extended.
     """
+    rows = {adapter.spec(name).rows for name in adapter.whole.values()}
+    if base.made_of and rows == {LLAMA_2_ROWS}:
+        raise Incompatible(
+            f"{adapter.directory} has {LLAMA_2_ROWS:,} rows, as the adapters for Llama-2 have, "
+            f"and this base is {' + '.join(base.made_of)}.",
+            "The shapes are the same, and the weights are not.",
+            "Use the base model that the adapter's card names.",
+            finding="another-base",
+        )
     if not adapter.name:
         return
     part = catalog.parts()[adapter.name]

@@ -48,4 +48,10 @@ TEMPLATES = {
         "Write a response that appropriately completes the request.\n\n",
         turn="### Instruction:\n\n{instruction}\n\n### Response:\n\n",
     ),
+    # The same said in Chinese, in which no published model was trained: for experiments.
+    "alpaca-zh": PromptTemplate(
+        "alpaca-zh",
+        header="下面是一条描述任务的指令。请写出一个恰当地完成要求的回答。\n\n",
+        turn="### 指令：\n\n{instruction}\n\n### 回答：\n\n",
+    ),
 }

@@ -178,7 +178,9 @@ def fitting_model(checkpoint: Checkpoint) -> proto.ModelProto:
     finding, why = "vocabulary-mismatch", "The tokenizer and the weights are not of the same model."
     if _one_pad_apart(model, rows):
         finding = "mixed-vocabularies"
-        why = "One is of the llama family and one of the alpaca family, which has one pad token more."
+        why = (
+            "One is of the llama family and one of the alpaca family, which has one pad token more."
+        )
     elif pieces < rows and appended(model) == pieces:
         finding = "base-tokenizer"
         why = "It is the base's tokenizer: it has no Chinese pieces, and the weights were extended."
