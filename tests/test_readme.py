@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from llamalab import catalog, runner
+from llamalab import catalog, diagnosis, runner
 from llamalab.estimate import needs, size_text
 from llamalab.places import project_directory
 
@@ -55,13 +55,22 @@ def test_the_python_example_runs(tmp_path):
     assert cjk_share(done.stdout) == 1.0
 
 
+def test_the_troubleshooting_table_is_current():
+    made = README.split("<!-- findings: made by python -m llamalab.diagnosis -->\n")[1]
+    assert made.split("\n\n")[0] == diagnosis.table()
+    assert made.split("\n\n")[0].count("\n") == len(diagnosis.FINDINGS) + 1
+
+
 def test_quoted_messages_are_tested_ones():
-    table = README.split("| what you see |")[1].split("\n\n")[0]
-    quoted = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    quoted = {
+        text for k in diagnosis.FINDINGS.values() for text in re.findall("`([^`]+)`", k.symptom)
+    }
     assert len(quoted) >= 5
-    sources = "\n".join(p.read_text("utf-8") for p in (ROOT / "lib").rglob("*.py"))
+    sources = "\n".join(
+        p.read_text("utf-8") for p in (ROOT / "lib").rglob("*.py") if p.stem != "diagnosis"
+    )
     sources = re.sub(r'"\s*\n\s*f?"', "", sources)
-    assert [text for text in quoted if text not in sources] == []
+    assert [text for text in quoted if text not in sources and text != "nan"] == []
     tests = "\n".join(p.read_text("utf-8") for p in (ROOT / "tests").rglob("test_*.py"))
     for words in ("named config.json", "HTML page", "fewer than the base", "already contains"):
         assert words in tests
@@ -84,5 +93,5 @@ def test_figures_that_are_arithmetic_are_the_packages():
 def test_every_lesson_and_target_is_named():
     for lesson in runner.lesson_notebooks():
         assert f"(notebooks/{lesson.name})" in README
-    for target in ("run", "lab", "test", "test-heavy", "clean"):
+    for target in ("run", "lab", "break", "test", "test-heavy", "clean"):
         assert f"make {target}" in README
