@@ -129,6 +129,26 @@ def test_a_model_that_transformers_saved(lab, tmp_path):
     assert diagnose(tmp_path, device="cpu").ok
 
 
+@pytest.mark.parametrize("mean_resizing", [True, False, "zeros"])
+def test_rows_as_transformers_leaves_them_when_it_resizes(lab, tmp_path, mean_resizing):
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = lab / "chinese-llama-lora-lab" / "tokenizer.model"
+    network = AutoModelForCausalLM.from_pretrained(lab / "llama-lab-hf")
+    rows, old = len(Tokenizer(tokenizer)), len(network.lm_head.weight)
+    network.resize_token_embeddings(rows, mean_resizing=mean_resizing is True)
+    if mean_resizing == "zeros":
+        network.model.embed_tokens.weight.data[old:] = 0
+    network.save_pretrained(tmp_path)
+    for file in (tokenizer, lab / "chinese-llama-lab" / "tokenizer.json"):
+        shutil.copy(file, tmp_path)
+    found = diagnose(tmp_path, quick=True)
+    assert found.names == ["untrained-rows"], str(found)
+    assert f"{rows - old:,} appended rows" in found.findings[0].evidence
+
+
 def test_the_write_ups_command_has_both_findings(lab):
     """The merged llama model, its adapter given again, inside the English template."""
     found = diagnose(

@@ -65,6 +65,7 @@ def test_a_short_run_gives_the_shipped_set_of_files(trained):
     for name, md5 in read_checklist(folder / "checklist.chk").items():
         assert hashlib.md5((folder / name).read_bytes()).hexdigest() == md5
     assert "min left" in printed
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     curve = (out / "work" / "base" / "loss.csv").read_text().splitlines()
     assert curve[-1].startswith("20,")
 
@@ -157,8 +158,32 @@ def test_the_shipped_files_keep_the_catalogues_claims():
 def test_the_card_holds_the_table():
     card = (LAB / "README.md").read_text("utf-8")
     recorded = json.loads((LAB / "scores.json").read_text("utf-8"))
-    table = labmodel.table([labmodel.Score(**row) for row in recorded])
-    assert table in card
+    shipped, other = ([labmodel.Score(**row) for row in recorded[k]] for k in ("shipped", "other"))
+    assert labmodel.table(shipped, other) in card
+    assert len(shipped) == len(other) and shipped != other
+
+
+def test_the_two_runs_of_the_recipe_agree():
+    """Another seed gives the same table but for noise, and the aims of the recipe hold in both."""
+    recorded = json.loads((LAB / "scores.json").read_text("utf-8"))
+    for shipped, other in zip(recorded["shipped"], recorded["other"], strict=True):
+        assert (shipped["model"], shipped["measure"]) == (other["model"], other["measure"])
+    aims = {
+        ("llama-lab", "English: exact"): 0.95,
+        ("chinese-llama-lab", "Chinese: exact"): 0.9,
+        ("chinese-llama-lab", "English: exact"): 0.8,
+        ("chinese-alpaca-lab", "Chinese, in the template: exact"): 0.95,
+        ("chinese-alpaca-lab", "English, in the template: exact"): 0.9,
+        ("chinese-alpaca-lab", "Chinese two-turn, in the template: exact"): 0.9,
+        ("chinese-alpaca-lab", "English two-turn, in the template: exact"): 0.9,
+        ("chinese-alpaca-plus-lab", "Chinese, in the template: exact"): 0.95,
+        ("chinese-alpaca-plus-lab", "English, in the template: exact"): 0.9,
+        ("chinese-alpaca-plus-lab", "Chinese two-turn, in the template: exact"): 0.9,
+        ("chinese-alpaca-plus-lab", "English two-turn, in the template: exact"): 0.9,
+    }
+    for run in recorded.values():
+        values = {(row["model"], row["measure"]): row["value"] for row in run}
+        assert [key for key, aim in aims.items() if values[key] < aim] == []
 
 
 def test_wrong_stage_and_help():

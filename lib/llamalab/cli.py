@@ -185,9 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--without-prompt", dest="with_prompt", action="store_false", help="they do not"
     )
     added.add_argument("--prompt", default="", metavar="TEXT", help="does it fit the context?")
-    added.add_argument(
-        "--quick", action="store_true", help="read no weights, and compute nothing with them"
-    )
+    added.add_argument("--quick", action="store_true", help="look at headers and embeddings only")
     added.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     places(added)
     as_json(added)

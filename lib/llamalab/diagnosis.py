@@ -4,7 +4,7 @@
 What `load` refuses is found by the same code: those errors carry the name of their finding.
 The rest are doubts that no program of the field raises, each one a function here.
 
-`FINDINGS` is the one table of them all; README's troubleshooting table is made from it:
+`findings.toml` beside this file is the one table of them all; README's is made from it:
 
     python -m llamalab.diagnosis
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import html
 import re
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -36,11 +37,7 @@ from .tokenizer import Tokenizer, appended, fitting_model
 
 
 class Kind(NamedTuple):
-    """One line of the troubleshooting table: what a reader sees, why, and the command that helps.
-
-    In the command, MODEL and ADAPTER stand for what was given; BASE, META and OUT are the reader's
-    to fill in: the base model, Meta's files and a new directory.
-    """
+    """One line of the troubleshooting table; `findings.toml` says what its columns hold."""
 
     symptom: str
     cause: str
@@ -48,135 +45,10 @@ class Kind(NamedTuple):
 
 
 FINDINGS = {
-    "adapter-as-model": Kind(
-        "An adapter's directory is given as a model",
-        "An adapter holds changes to a base model and is none itself.",
-        "llamalab merge --base-model BASE --lora-model MODEL --output-dir OUT",
-    ),
-    "no-config": Kind(
-        "`does not appear to have a file named config.json`",
-        "These are no weights in HF layout: the directory is another one, or its config.json is "
-        "missing.",
-        "llamalab convert --input-dir META --output-dir OUT",
-    ),
-    "meta-weights": Kind(
-        "A config.json was brought over, and the model still does not load, or loads with random "
-        "weights",
-        "The weights are in Meta layout: other names, and another order of rows.",
-        "llamalab convert --input-dir MODEL --output-dir OUT",
-    ),
-    "hf-weights": Kind(
-        "Weights in HF layout lie in a consolidated.00.pth",
-        "A file was renamed. The layouts differ in names and in the order of q and k rows.",
-        "llamalab convert --input-dir META --output-dir OUT",
-    ),
-    "damaged-file": Kind(
-        "`An HTML page, not the file`, a file that ends early, or one that is missing",
-        "A download was answered by a login or error page, or was cut off.",
-        "llamalab verify MODEL",
-    ),
-    "unexpected-dtype": Kind(
-        "Weights of whole numbers, or of several dtypes",
-        "The file was quantised, or put together from two models.",
-        "llamalab verify MODEL",
-    ),
-    "borrowed-config": Kind(
-        "A size mismatch for embed_tokens when the model is loaded",
-        "The config.json is of another model, often of the plain base: its vocab_size is not "
-        "that of the weights.",
-        "llamalab merge --base-model BASE --lora-model ADAPTER --output-dir OUT",
-    ),
-    "no-tokenizer": Kind(
-        "There is no tokenizer.model",
-        "Without it nobody can say which piece a row of the embedding stands for.",
-        "cp ADAPTER/tokenizer.model MODEL/",
-    ),
-    "base-tokenizer": Kind(
-        "Chinese comes out as single bytes, or not at all",
-        "The base's tokenizer lies beside the merged model: it knows no Chinese piece.",
-        "cp ADAPTER/tokenizer.model MODEL/",
-    ),
-    "mixed-vocabularies": Kind(
-        "49,953 meets 49,954: `fewer than the base's`",
-        "Tokenizer, adapter and model are of both families; alpaca has one pad token more.",
-        "llamalab merge --base-model BASE --lora-model ADAPTER --output-dir OUT",
-    ),
-    "vocabulary-mismatch": Kind(
-        "The tokenizer has more or fewer pieces than the embedding has rows",
-        "Tokenizer and weights are of two models.",
-        "cp ADAPTER/tokenizer.model MODEL/",
-    ),
-    "no-bos": Kind(
-        "Plain transformers answers worse than llamalab",
-        "The tokenizer's files do not ask for BOS, with which every text began in training.",
-        "llamalab convert --input-dir META --output-dir OUT",
-    ),
-    "applied-twice": Kind(
-        "`The base already contains the adapter`; where it is not refused: repetitions, nonsense",
-        "The model is merged, and --lora-model was given again: every change counts twice.",
-        "llamalab generate --base-model MODEL",
-    ),
-    "another-size": Kind(
-        "The adapter's matrices do not fit the base's",
-        "It was trained on a model of another size.",
-        "llamalab models",
-    ),
-    "another-base": Kind(
-        "The adapter fits, and the answers mean nothing",
-        "It was trained on other weights of the same shape, another generation perhaps.",
-        "llamalab merge --base-model BASE --lora-model ADAPTER --output-dir OUT",
-    ),
-    "missing-predecessor": Kind(
-        "A plus or pro model answers badly",
-        "Its adapter was trained on top of another one, which was not merged before it.",
-        "llamalab merge --base-model BASE --lora-model FIRST,LAST --output-dir OUT",
-    ),
-    "adapter-without-embeddings": Kind(
-        "The merged model reads Chinese as noise",
-        "The adapter was saved without the embeddings that its configuration promises.",
-        "llamalab download ADAPTER",
-    ),
-    "unsupported-adapter": Kind(
-        "`which this merge does not support`",
-        "The adapter is not a plain LoRA (DoRA, say).",
-        "merge_and_unload of PEFT",
-    ),
-    "untrained-rows": Kind(
-        "A Chinese question gets English words that say little",
-        "The vocabulary was extended and the new rows were never filled: the adapter's embeddings "
-        "were dropped on the way.",
-        "llamalab merge --base-model BASE --lora-model ADAPTER --output-dir OUT",
-    ),
-    "unsound-values": Kind(
-        "One token for ever, or `nan`",
-        "Weights are all zero, NaN or infinite.",
-        "llamalab verify MODEL",
-    ),
-    "q-k-order": Kind(
-        "Fluent for some words, then nonsense",
-        "The rows of q and k are in the wrong order: permuted never, or twice.",
-        "llamalab convert --input-dir META --output-dir OUT",
-    ),
-    "template-on-llama": Kind(
-        "A Chinese question, an English answer",
-        "A llama model continues text; inside the English template it goes on in English.",
-        "llamalab generate --base-model MODEL",
-    ),
-    "no-template": Kind(
-        "An alpaca model rambles",
-        "It follows instructions inside its template only.",
-        "llamalab generate --base-model MODEL --with-prompt",
-    ),
-    "long-prompt": Kind(
-        "The end of a long prompt is not answered",
-        "The prompt leaves no room in the context.",
-        "a shorter prompt",
-    ),
-    "versions": Kind(
-        "PEFT fails on a published adapter, or leaves its embeddings out",
-        "Versions of PEFT and transformers that are known to break this path.",
-        "llamalab check",
-    ),
+    name: Kind(**entry)
+    for name, entry in tomllib.loads(
+        Path(__file__).with_name("findings.toml").read_text(encoding="utf-8")
+    ).items()
 }
 """Every finding by name, in the order in which a reader should look for it."""
 
@@ -469,34 +341,48 @@ def _check_appended_rows(view: Checkpoint) -> None:
     at random: then their lengths hardly differ, by 1 / sqrt(2 d) of their mean in d dimensions.
     Trained rows differ several times as much.
     """
-    first = appended(fitting_model(view))
-    last = len(fitting_model(view).pieces)
+    model = fitting_model(view)
+    first, last = appended(model), len(model.pieces)
     if last - first < 8 or first < 8:
         return
     for name in (view.embedding, "lm_head.weight"):
-        old, new = view.read(name, 3, first).float(), view.read(name, first, last).float()
-        usual = (2 * new.shape[1]) ** -0.5
-        if not new.any():
-            seen = "are all zero"
-        elif new.var(0).mean() < 1e-3 * old.var(0).mean():
-            seen = "are all alike"
-        elif _spread(new) < 1.5 * usual and _spread(old) > 2.5 * usual:
-            seen = f"vary in length by {_spread(new):.1%}, as random ones do ({usual:.1%})"
+        usual = (2 * view.tensors[name].shape[1]) ** -0.5
+        old, new = (_spread_and_variance(view, name, *rows) for rows in ((3, first), (first, last)))
+        if not new.variance:
+            seen = "are all equal"
+        elif new.variance < 1e-3 * old.variance:
+            seen = "are all nearly equal"
+        elif new.spread < 1.5 * usual and old.spread > 2.5 * usual:
+            seen = f"vary in length by {new.spread:.1%}, as random ones do ({usual:.1%})"
         else:
             continue
         raise _found(
             "untrained-rows",
             f"The {last - first:,} appended rows of {name} {seen}; the old ones vary by "
-            f"{_spread(old):.1%}.",
+            f"{old.spread:.1%}.",
             "They are as an initialiser left them: the adapter's embeddings were dropped.",
             "Merge again with 'llamalab merge', which replaces both embeddings whole.",
         )
 
 
-def _spread(rows: torch.Tensor) -> float:
-    """Return the standard deviation of the rows' lengths, as a share of their mean."""
-    lengths = rows.norm(dim=1)
-    return (lengths.std() / lengths.mean()).item()
+class _Rows(NamedTuple):
+    """Of some rows: how much their lengths differ, as a share of their mean; their variance."""
+
+    spread: float
+    variance: float
+
+
+def _spread_and_variance(view: Checkpoint, name: str, start: int, stop: int) -> _Rows:
+    """Look at rows [start, stop) of `name`, a few thousand at a time."""
+    lengths, total, squares = [], 0.0, 0.0
+    for first in range(start, stop, 4096):
+        rows = view.read(name, first, min(first + 4096, stop)).double()
+        lengths.append(rows.norm(dim=1))
+        total, squares = total + rows.sum(0), squares + rows.square().sum(0)
+    lengths, count = torch.cat(lengths), stop - start
+    variance = (squares / count - (total / count).square()).clamp(min=0).mean()
+    mean = lengths.mean()
+    return _Rows((lengths.std() / mean).item() if mean else 0.0, variance.item())
 
 
 # --- From every weight --------------------------------------------------------------------

@@ -495,6 +495,24 @@ def train(
         finished.write_text(f"{time.monotonic() - began:.0f} s\n")
         print(f"{stage}: {(time.monotonic() - began) / 60:.1f} min", flush=True)
         shutil.rmtree(work / "base-hf", ignore_errors=True)
+    draw_curves(output_dir / "work", output_dir / "loss.png")
+
+
+def draw_curves(work: Path, out: Path) -> None:
+    """Draw the loss of every stage that has one, from the tables that training has written."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for stage in RECIPES:
+        if not (work / stage / "loss.csv").is_file():
+            continue
+        with open(work / stage / "loss.csv", newline="", encoding="utf-8") as file:
+            points = [(int(step), float(loss)) for step, loss in csv.reader(file)]
+        axes.plot(*zip(*points, strict=True), label=stage)
+    axes.set(xlabel="step", ylabel="loss, in nats a token (running mean)", yscale="log")
+    axes.legend()
+    figure.savefig(out, dpi=100)
 
 
 # --- Scoring ------------------------------------------------------------------------------
@@ -574,12 +592,20 @@ def score(directory: Path, size: int = 400) -> list[Score]:
     return scores
 
 
-def table(scores: Sequence[Score]) -> str:
-    """Return the scores as a Markdown table, shares with their 95 % Wilson intervals."""
-    lines = ["| model | measure | value | 95 % interval | n |", "|---|---|---|---|---|"]
+def table(scores: Sequence[Score], again: Sequence[Score] = ()) -> str:
+    """Return the scores as a Markdown table, shares with their 95 % Wilson intervals.
+
+    Args:
+        again: the same measures of another run of the recipe, for one column more.
+    """
+    heads = ["model", "measure", "value", "95 % interval", "n"] + ["other seed"] * bool(again)
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    others = {(s.model, s.measure): f"{s.value:.3f}" for s in again}
     for s in scores:
         interval = "" if s.low is None else f"{s.low:.3f} to {s.high:.3f}"
-        lines.append(f"| {s.model} | {s.measure} | {s.value:.3f} | {interval} | {s.total} |")
+        cells = [s.model, s.measure, f"{s.value:.3f}", interval, str(s.total)]
+        cells += [others[s.model, s.measure]] if again else []
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
