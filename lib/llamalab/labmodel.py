@@ -455,6 +455,7 @@ def make_adapter(
     (out / name / "README.md").unlink(missing_ok=True)  # PEFT's empty form
     config_file = out / name / "adapter_config.json"
     settings = json.loads(config_file.read_text()) | {"base_model_name_or_path": BASE}
+    settings["target_modules"].sort()  # a set before, in another order each time
     config_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
