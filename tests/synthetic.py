@@ -139,7 +139,7 @@ def write_large_meta(folder: Path, part) -> Path:
     Random fp16 values, one block of them again and again; the tokenizer has as many pieces as
     the embedding has rows.
     """
-    from llamalab import writer
+    from llamalab import containers
     from llamalab.checkpoint import TensorSpec, raw_bytes
 
     shape = part.shape
@@ -170,8 +170,8 @@ def write_large_meta(folder: Path, part) -> Path:
             left -= min(left, len(block))
 
     folder.mkdir(parents=True)
-    with open(folder / "consolidated.00.pth", "wb") as file:
-        writer._stream_torch_archive(file, "consolidated", specs, content)
+    with containers.DirectFile(folder / "consolidated.00.pth") as file:
+        containers.write_torch_archive(file, "consolidated", specs, content)
     params = {"dim": shape.dim, "multiple_of": 256, "n_heads": shape.heads, "norm_eps": 1e-6}
     params |= {"n_layers": shape.layers, "vocab_size": -1}
     (folder / "params.json").write_text(json.dumps(params))

@@ -4,9 +4,6 @@
 archive that `torch.load` reads (Meta layout): memory holds about one block, never a model. The
 work lies in a sibling `.OUT.partial` until everything is on disk; then one rename makes it OUT.
 A run that is cut off is taken up again by the same command, at the first unfinished shard.
-
-Formats: the safetensors documentation, section "Format"; for the archive, PyTorch's notes on
-serialization ("Serialized file format for torch.save").
 """
 
 from __future__ import annotations
@@ -15,36 +12,22 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import io
 import json
-import math
 import os
-import pickle
 import platform
 import re
 import shutil
 import threading
 import time
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
 
 from . import __version__
-from .checkpoint import (
-    DTYPES,
-    Checkpoint,
-    TensorSpec,
-    open_checkpoint,
-    raw_bytes,
-    tensor_digest,
-)
+from .checkpoint import Checkpoint, open_checkpoint, raw_bytes, tensor_digest
+from .containers import DirectFile, write_safetensors, write_torch_archive
 from .digest import hash_file
 from .errors import (
     DamagedFile,
@@ -55,9 +38,6 @@ from .errors import (
     UsageError,
 )
 from .progress import bytes_bar
-
-Content = Callable[[str], Iterator[memoryview]]
-"""Gives the bytes of a tensor by name, block by block."""
 
 RECORD = "llamalab.json"
 """The record in every directory we make: inputs and digests, settings, versions, digest."""
@@ -284,91 +264,13 @@ def _write_shard(checkpoint: Checkpoint, names: list[str], path: Path, bar) -> d
 
     specs = {name: checkpoint.tensors[name] for name in names}
     unfinished = path.with_suffix(".unfinished")
-    with open(unfinished, "wb") as file:
+    with DirectFile(unfinished) as file:
         if path.suffix == ".pth":
-            _stream_torch_archive(file, path.stem, specs, content)
+            write_torch_archive(file, path.stem, specs, content)
         else:
-            _stream_safetensors(file, specs, content)
-        file.flush()
-        os.fsync(file.fileno())
+            write_safetensors(file, specs, content)
     os.replace(unfinished, path)
     return hashes
-
-
-def _stream_safetensors(file: BinaryIO, specs: dict[str, TensorSpec], content: Content) -> None:
-    """Write the safetensors format: u64 length of the header, the header, the bytes."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, spec in specs.items():
-        end = offset + spec.nbytes
-        header[name] = {
-            "dtype": DTYPES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the format aligns the first tensor to 8 bytes
-    file.write(len(encoded).to_bytes(8, "little") + encoded)
-    for name in specs:
-        for data in content(name):
-            file.write(data)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Stands for a tensor (or, as a persistent id, for its storage) in the archive's pickle."""
-
-    key: str
-    spec: TensorSpec
-
-
-class _TensorPickler(pickle.Pickler):
-    """Writes the `data.pkl` that `torch.save` would, with the bytes left to be streamed after."""
-
-    def persistent_id(self, item):
-        if not isinstance(item, _Storage):
-            return None
-        name = {torch.float16: "Half", torch.bfloat16: "BFloat16", torch.float32: "Float"}
-        storage_type = getattr(torch, f"{name[item.spec.dtype]}Storage")
-        return ("storage", storage_type, item.key, "cpu", math.prod(item.spec.shape))
-
-    def reducer_override(self, item):
-        if type(item) is not _Stored:
-            return NotImplemented
-        strides = [math.prod(item.spec.shape[i + 1 :]) for i in range(len(item.spec.shape))]
-        storage = _Storage(item.key, item.spec)
-        arguments = (storage, 0, item.spec.shape, tuple(strides), False, OrderedDict())
-        return torch._utils._rebuild_tensor_v2, arguments
-
-
-class _Storage(_Stored):
-    pass
-
-
-def _stream_torch_archive(
-    file: BinaryIO, stem: str, specs: dict[str, TensorSpec], content: Content
-) -> None:
-    """Write the zip archive that `torch.load` reads, one tensor at a time.
-
-    `torch.save` would need the whole model in memory. Each tensor has a storage of its own,
-    aligned to 64 bytes as PyTorch does, so that the file can be mapped.
-    """
-    pickled = io.BytesIO()
-    stored = {name: _Stored(str(i), spec) for i, (name, spec) in enumerate(specs.items())}
-    _TensorPickler(pickled, protocol=2).dump(stored)
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, data in (("data.pkl", pickled.getvalue()), ("byteorder", b"little")):
-            archive.writestr(zipfile.ZipInfo(f"{stem}/{name}"), data)
-        for name, entry in stored.items():
-            info = zipfile.ZipInfo(f"{stem}/data/{entry.key}")
-            # 30 bytes of local header, the name, 20 of zip64 sizes, 4 of padding's own header
-            start = file.tell() + 30 + len(info.filename) + 20 + 4
-            padding = -start % 64
-            info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-            with archive.open(info, "w", force_zip64=True) as record:
-                for data in content(name):
-                    record.write(data)
-        archive.writestr(zipfile.ZipInfo(f"{stem}/version"), b"3\n")
 
 
 def _already_made(out: Path, inputs: list[dict], settings: dict) -> Made:
