@@ -20,7 +20,14 @@ from pathlib import Path
 import torch
 
 from . import catalog
-from .checkpoint import Checkpoint, TensorFile, TensorSpec, open_checkpoint, read_json
+from .checkpoint import (
+    Checkpoint,
+    TensorFile,
+    TensorSpec,
+    all_finite,
+    open_checkpoint,
+    read_json,
+)
 from .conversion import as_hf, as_meta
 from .digest import hash_file
 from .errors import DamagedFile, Incompatible, NotFound, UsageError, WrongLayout
@@ -209,12 +216,14 @@ class _Merged(Checkpoint):
         spec, module = self.tensors[name], name.removesuffix(".weight")
         stop = spec.rows if stop is None else stop
         if module in self._adapter.whole:
-            return self._adapter.read(self._adapter.whole[module], start, stop).to(spec.dtype)
+            whole = self._adapter.read(self._adapter.whole[module], start, stop)
+            return self._finite(name, whole.to(spec.dtype))
         if module not in self._adapter.pairs:
             return self._base.read(name, start, stop)
         # Whole blocks, always cut alike: a matrix product's last bit can depend on its shape.
         cut = [(a, b) for a, b in spec.blocks() if a < stop and b > start]
-        rows = torch.cat([self._merged_block(name, module, a, b) for a, b in cut])
+        merged = [self._merged_block(name, module, a, b) for a, b in cut]
+        rows = merged[0] if len(merged) == 1 else torch.cat(merged)
         return rows[start - cut[0][0] : stop - cut[0][0]]
 
     def _merged_block(self, name: str, module: str, start: int, stop: int) -> torch.Tensor:
@@ -222,10 +231,14 @@ class _Merged(Checkpoint):
         a = self._adapter.read(pair["A"]).float()  # [r, in]
         b = self._adapter.read(pair["B"], start, stop).float()  # [rows, r]
         weight = self._base.read(name, start, stop)  # [rows, in]
-        merged = (weight.float() + (b @ a) * self._adapter.scale(module)).to(weight.dtype)
-        if not torch.isfinite(merged).all():
+        # In place, which adds the same numbers: fresh memory would cost more than the sums.
+        merged = (b @ a).mul_(self._adapter.scale(module)).add_(weight).to(weight.dtype)
+        return self._finite(name, merged)
+
+    def _finite(self, name: str, merged: torch.Tensor) -> torch.Tensor:
+        if not all_finite(merged):
             raise DamagedFile(
-                f"Merging {name} gives values that are not finite in {weight.dtype}.",
+                f"Merging {name} gives values that are not finite in {merged.dtype}.",
                 f"The base or {self._adapter.weights} holds NaN or numbers out of range.",
                 "Verify both; nothing was written.",
                 finding="unsound-values",

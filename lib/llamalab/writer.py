@@ -13,13 +13,14 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -223,33 +224,73 @@ def _write_shards(
     with (
         ThreadPoolExecutor(1) as pool,
         bytes_bar(checkpoint.total_bytes, "writing") as bar,
+        _HashedBeside(inputs, pool) as beside,
     ):
-        # The inputs are hashed beside the writing, while their pages are in the cache.
-        stop = threading.Event()
 
-        def go_on(_: int) -> None:
-            if stop.is_set():
-                raise InterruptedError
+        def advance(count: int) -> None:
+            bar.update(count)
+            beside.written += count
 
-        sums = [pool.submit(hash_file, Path(e["path"]), on_bytes=go_on) for e in inputs]
-        try:
-            for shard, names in shards.items():
-                if shard in done:
-                    bar.update(sum(checkpoint.tensors[name].nbytes for name in names))
-                    continue
-                done[shard] = _write_shard(checkpoint, names, partial / shard, bar)
-                hashes |= done[shard]
-                _write_durably(partial / _JOURNAL, _json(plan | {"shards": done}))
-            for entry, result in zip(inputs, sums, strict=True):
-                entry["sha256"] = result.result()["sha256"]
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+        for shard, names in shards.items():
+            if shard in done:
+                advance(sum(checkpoint.tensors[name].nbytes for name in names))
+                continue
+            done[shard] = _write_shard(checkpoint, names, partial / shard, advance)
+            hashes |= done[shard]
+            _write_durably(partial / _JOURNAL, _json(plan | {"shards": done}))
+        beside.finish()
     return hashes
 
 
-def _write_shard(checkpoint: Checkpoint, names: list[str], path: Path, bar) -> dict[str, str]:
+class _HashedBeside:
+    """The inputs' sha256, computed in a thread beside the writing.
+
+    It keeps near to what is being read for the writing, so that the disk is read once and the
+    other finds the pages in the cache, also when the inputs are larger than memory.
+    """
+
+    AHEAD = 2 * 10**9  # bytes
+
+    def __init__(self, inputs: list[dict], pool: ThreadPoolExecutor):
+        self._inputs, self.written, self._hashed = inputs, 0, 0
+        self._stop = threading.Event()
+        self._sums = [pool.submit(hash_file, Path(e["path"]), on_bytes=self._pace) for e in inputs]
+
+    def _pace(self, count: int) -> None:
+        self._hashed += count
+        while self._hashed - self.written > self.AHEAD and not self._stop.wait(0.01):
+            pass
+        if self._stop.is_set():
+            raise InterruptedError
+
+    def finish(self) -> None:
+        """Add the sums to the inputs' entries.
+
+        Raises:
+            DamagedFile: an input has changed while it was read.
+        """
+        self.written = math.inf  # nothing to keep near to any more
+        for entry, result in zip(self._inputs, self._sums, strict=True):
+            entry["sha256"] = result.result()["sha256"]
+            if _key(_stat(Path(entry["path"]))) != _key(entry):
+                raise DamagedFile(
+                    f"{entry['path']} has changed while it was read.",
+                    "What was made of it would be of two versions, and was removed.",
+                    "Run the same command again, when the file stays as it is.",
+                )
+
+    def __enter__(self) -> _HashedBeside:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        for result in self._sums:
+            result.cancel()
+
+
+def _write_shard(
+    checkpoint: Checkpoint, names: list[str], path: Path, on_bytes: Callable[[int], object]
+) -> dict[str, str]:
     """Stream the named tensors into one file; return tensor name -> sha256."""
     hashes = {}
 
@@ -259,16 +300,26 @@ def _write_shard(checkpoint: Checkpoint, names: list[str], path: Path, bar) -> d
             data = raw_bytes(block)
             sha256.update(data)
             yield data
-            bar.update(len(data))
+            on_bytes(len(data))
         hashes[name] = sha256.hexdigest()
 
     specs = {name: checkpoint.tensors[name] for name in names}
     unfinished = path.with_suffix(".unfinished")
-    with DirectFile(unfinished) as file:
-        if path.suffix == ".pth":
-            write_torch_archive(file, path.stem, specs, content)
-        else:
-            write_safetensors(file, specs, content)
+    try:
+        with DirectFile(unfinished) as file:
+            if path.suffix == ".pth":
+                write_torch_archive(file, path.stem, specs, content)
+            else:
+                write_safetensors(file, specs, content)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NotEnoughRoom(
+                f"The disk is full at {path.parent}.",
+                "Something else has filled it since this began.",
+                "Make room, and run the same command again: it goes on after the last shard.",
+            ) from None
+        raise
     os.replace(unfinished, path)
     return hashes
 
