@@ -93,11 +93,17 @@ class _Shard(Checkpoint):
 
 
 def write_base(
-    folder: Path, shape: Shape, *, shards: int = 1, dtype: torch.dtype = torch.float16
+    directory: Path,
+    shape: Shape,
+    *,
+    size: str = "7B",
+    shards: int = 1,
+    dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Write a base model in Meta layout: `shards` files, `params.json` and a tokenizer, in `folder`.
+    """Write a base model in Meta layout, and return its size folder, `directory/size`.
 
-    The tokenizer is the lab family's, filled up to 32,000 pieces that no text holds.
+    It holds `shards` files of weights and `params.json`. `tokenizer.model`, beside it, is the lab
+    family's, filled up to 32,000 pieces with some that no text holds.
     """
     matrices = dict(zip("wq wk wv wo w1 w3 w2".split(), projections(shape).values(), strict=True))
     shapes = {}
@@ -105,6 +111,7 @@ def write_base(
         kind = name.split(".")[-2]
         outside = (VOCABULARY, shape.dim) if "norm" not in kind else (shape.dim,)
         shapes[name] = matrices.get(kind, outside)
+    folder = directory / size
     folder.mkdir(parents=True)
     whole = _MadeUp(shapes, dtype, seed=0)
     for number in range(shards):
@@ -116,7 +123,7 @@ def write_base(
         params |= {"n_kv_heads": shape.kv_heads, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}
     (folder / "params.json").write_text(json.dumps(params))
     lab = project_directory() / "data" / "lab" / "llama-lab" / "tokenizer.model"
-    _fill_up(lab, VOCABULARY, folder / "tokenizer.model")
+    _fill_up(lab, VOCABULARY, directory / "tokenizer.model")
     return folder
 
 
