@@ -9,7 +9,6 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from sentencepiece import sentencepiece_model_pb2 as proto
 
 from llamalab.labmodel import train_pieces
 from llamalab.tokenizer import extend
@@ -75,8 +74,13 @@ def meta_tensors(
     return tensors, params
 
 
-def write_meta(folder: Path, tensors: dict, params: dict, shards: int = 1) -> Path:
-    """Write a checkpoint in Meta layout, cut into `shards` as Meta cuts it."""
+def write_meta(
+    folder: Path, tensors: dict, params: dict, shards: int = 1, one_storage: bool = False
+) -> Path:
+    """Write a checkpoint in Meta layout, cut into `shards` as Meta cuts it.
+
+    With `one_storage` all tensors of a file are views of one storage, as in Meta's larger models.
+    """
     folder.mkdir(parents=True)
     for shard in range(shards):
         held = {}
@@ -86,6 +90,12 @@ def write_meta(folder: Path, tensors: dict, params: dict, shards: int = 1) -> Pa
                 continue
             columns = name.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight"))
             held[name] = tensor.chunk(shards, dim=1 if columns else 0)[shard].clone()
+        if one_storage:
+            storage = torch.cat([tensor.flatten() for tensor in held.values()])
+            pieces = storage.split([tensor.numel() for tensor in held.values()])
+            views = zip(held.items(), pieces, strict=True)
+            held = {name: piece.view(tensor.shape) for (name, tensor), piece in views}
+            assert len({t.untyped_storage().data_ptr() for t in held.values()}) == 1
         held["rope.freqs"] = torch.zeros(4, dtype=torch.float32)
         torch.save(held, folder / f"consolidated.{shard:02d}.pth")
     (folder / "params.json").write_text(json.dumps(params))
@@ -130,54 +140,4 @@ def write_adapter(
         elif "modules_to_save" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     model.half().save_pretrained(folder)
-    return folder
-
-
-def write_large_meta(folder: Path, part) -> Path:
-    """Write a checkpoint of a catalogue base's true shapes, without ever holding it in memory.
-
-    Random fp16 values, one block of them again and again; the tokenizer has as many pieces as
-    the embedding has rows.
-    """
-    from llamalab import containers
-    from llamalab.checkpoint import TensorSpec, raw_bytes
-
-    shape = part.shape
-    kv = shape.dim // shape.heads * shape.kv_heads
-    matrices = {
-        "attention.wq": (shape.dim, shape.dim),
-        "attention.wk": (kv, shape.dim),
-        "attention.wv": (kv, shape.dim),
-        "attention.wo": (shape.dim, shape.dim),
-        "feed_forward.w1": (shape.ffn, shape.dim),
-        "feed_forward.w2": (shape.dim, shape.ffn),
-        "feed_forward.w3": (shape.ffn, shape.dim),
-        "attention_norm": (shape.dim,),
-        "ffn_norm": (shape.dim,),
-    }
-    shapes = {"tok_embeddings.weight": (part.vocab, shape.dim)}
-    for layer in range(shape.layers):
-        shapes |= {f"layers.{layer}.{name}.weight": size for name, size in matrices.items()}
-    shapes |= {"norm.weight": (shape.dim,), "output.weight": (part.vocab, shape.dim)}
-    specs = {name: TensorSpec(torch.float16, size) for name, size in shapes.items()}
-    values = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).half()
-    block = raw_bytes(values)
-
-    def content(name):
-        left = specs[name].nbytes
-        while left:
-            yield block[: min(left, len(block))]
-            left -= min(left, len(block))
-
-    folder.mkdir(parents=True)
-    with containers.DirectFile(folder / "consolidated.00.pth") as file:
-        containers.write_torch_archive(file, "consolidated", specs, content)
-    params = {"dim": shape.dim, "multiple_of": 256, "n_heads": shape.heads, "norm_eps": 1e-6}
-    params |= {"n_layers": shape.layers, "vocab_size": -1}
-    (folder / "params.json").write_text(json.dumps(params))
-    model = proto.ModelProto()
-    model.ParseFromString(english_tokenizer(folder / "tokenizer.model").read_bytes())
-    for i in range(len(model.pieces), part.vocab):
-        model.pieces.add(piece=f"<made up {i}>", score=-1e6, type=1)
-    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
     return folder

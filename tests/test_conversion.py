@@ -93,16 +93,17 @@ def test_logits_equal_the_equations_on_metas_weights(tmp_path, shape, theta):
     assert (hf_logits(tmp_path / "wrong", ids) - wanted).abs().max() > 1e-2 * scale
 
 
-@pytest.mark.parametrize("shards", [2, 4])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_shards_convert_to_the_single_files_bytes(tmp_path, shards, kv_heads):
-    if kv_heads % shards:
-        kv_heads = 4
-    tensors, params = synthetic.meta_tensors(kv_heads=kv_heads, vocab=300)
+@pytest.mark.parametrize("shards, kv_heads", [(2, 8), (2, 2), (4, 8), (4, 4), (8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_shards_convert_to_the_single_files_bytes(tmp_path, shards, kv_heads, dtype):
+    """Shards whose tensors share one storage, which is how Meta saved 13B and larger."""
+    tensors, params = synthetic.meta_tensors(
+        heads=8, kv_heads=kv_heads, ffn=176, vocab=320, dtype=dtype
+    )
     made = []
     for count in (1, shards):
         folder = tmp_path / f"in{count}"
-        synthetic.write_meta(folder, tensors, params, shards=count)
+        synthetic.write_meta(folder, tensors, params, shards=count, one_storage=count > 1)
         synthetic.english_tokenizer(folder / "tokenizer.model")
         llamalab.convert(folder, tmp_path / f"out{count}")
         made.append((tmp_path / f"out{count}" / "model.safetensors").read_bytes())

@@ -462,10 +462,14 @@ def _put_in_place(partial: Path, out: Path, overwrite: bool) -> None:
 def _write_durably(path: Path, content: bytes) -> None:
     """Write a small file so that after a crash it holds the old content or the new."""
     unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     os.replace(unfinished, path)
 
 
