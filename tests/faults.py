@@ -6,6 +6,7 @@ seconds. What is left behind is then judged by the digest of an undisturbed run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -60,6 +61,12 @@ class Runs:
         self.start(*arguments)
         return self.end()
 
+    @staticmethod
+    def signal(pid: int, number: int) -> None:
+        """Send a signal, unless the command was faster."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
     def close(self) -> None:
         self._server.stdin.close()
         self._server.wait()
@@ -99,10 +106,7 @@ def kill_and_resume(runs: Runs, command: list, out: Path, kills: int, seed: int)
         before = shards_of(partial)
         pid = runs.start(*command)
         time.sleep(chance.uniform(0, undisturbed))
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it was faster
+        runs.signal(pid, signal.SIGKILL)
         runs.end()
         after = shards_of(partial) if not out.exists() else shards_of(out)
         again = [name for name in before if after.get(name, before[name]) != before[name]]

@@ -70,9 +70,9 @@ def test_interrupted_it_is_tidy_and_says_how_to_go_on(runs, base, tmp_path):
     command, partial = commands(base, out)["fused"], tmp_path / ".out.partial"
     for _ in range(20):  # until one is met in the middle
         pid = runs.start(*command)
-        while not list(partial.glob("*.safetensors")) and not out.exists():
+        while len(faults.shards_of(partial)) < 4 and not out.exists():
             time.sleep(0.001)
-        os.kill(pid, signal.SIGINT)
+        runs.signal(pid, signal.SIGINT)
         code = runs.end()
         if not out.exists():
             break
@@ -81,9 +81,10 @@ def test_interrupted_it_is_tidy_and_says_how_to_go_on(runs, base, tmp_path):
     assert "the same command goes on from there" in runs.errors.read_text()
     assert "Traceback" not in runs.errors.read_text()
     kept = faults.shards_of(partial)
-    assert kept and not list(partial.glob("*.unfinished"))
+    assert not list(partial.glob("*.unfinished"))
     assert runs.run(*command) == 0
-    assert {name: faults.shards_of(out)[name] for name in kept} == kept
+    again = [name for name, stamp in kept.items() if faults.shards_of(out)[name] != stamp]
+    assert len(kept) >= 4 and len(again) <= 1  # the last one may not have been noted yet
 
 
 def test_a_source_truncated_between_two_tries_is_noticed(runs, base, tmp_path):
@@ -93,7 +94,7 @@ def test_a_source_truncated_between_two_tries_is_noticed(runs, base, tmp_path):
     pid = runs.start(*command)
     while not list(partial.glob("*.safetensors")) and not out.exists():
         time.sleep(0.001)
-    os.kill(pid, signal.SIGKILL)
+    runs.signal(pid, signal.SIGKILL)
     runs.end()
     shutil.rmtree(out, ignore_errors=True)
     weights = source / "7B" / "consolidated.00.pth"
