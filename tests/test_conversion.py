@@ -13,7 +13,14 @@ import llamalab
 import synthetic
 from llamalab.checkpoint import HFCheckpoint, MetaCheckpoint, digest_tensors
 from llamalab.conversion import as_hf, as_meta, hf_config, permute, unpermute
-from llamalab.errors import DamagedFile, Incompatible, LabError, OutputExists, UsageError
+from llamalab.errors import (
+    DamagedFile,
+    Incompatible,
+    LabError,
+    OutputExists,
+    UsageError,
+    WrongLayout,
+)
 
 
 def meta_forward(tensors: dict, params: dict, ids: list[int]) -> torch.Tensor:
@@ -108,6 +115,15 @@ def test_shards_convert_to_the_single_files_bytes(tmp_path, shards, kv_heads, dt
         llamalab.convert(folder, tmp_path / f"out{count}")
         made.append((tmp_path / f"out{count}" / "model.safetensors").read_bytes())
     assert made[0] == made[1]
+
+
+def test_llama_3_is_refused_by_name(tmp_path):
+    tensors, params = synthetic.meta_tensors(dim=8, heads=2, layers=1, vocab=128_256)
+    synthetic.write_meta(tmp_path / "m", tensors, params)
+    (tmp_path / "m" / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(WrongLayout, match="Llama-3"):
+        llamalab.convert(tmp_path / "m", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_bit_is_kept_and_the_way_back_is_exact(family):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def peft_merge(base_hf, *adapters) -> dict[str, torch.Tensor]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(base_hf, dtype=torch.float16)
+    network = AutoModelForCausalLM.from_pretrained(base_hf, dtype=HFCheckpoint(base_hf).dtype)
     for adapter in adapters:
         rows = Adapter(adapter).spec(Adapter(adapter).whole["lm_head"]).rows
         network.resize_token_embeddings(rows, mean_resizing=False)
@@ -35,7 +36,8 @@ def differing(found: dict, wanted: dict) -> tuple[int, int]:
     total = count = 0
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype
-        off = (found[name].view(torch.int16).int() - tensor.view(torch.int16).int()).abs()
+        bits = {2: torch.int16, 4: torch.int32}[tensor.itemsize]
+        off = (found[name].view(bits).long() - tensor.view(bits).long()).abs()
         assert off.max() <= 1, name
         count += int((off > 0).sum())
         total += tensor.numel()
@@ -81,6 +83,7 @@ def test_a_scale_other_than_alpha_over_r_is_seen(family, copied):
         {"alpha_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 7}},
         {"rank_pattern": {"v_proj": 2}, "rank": 6},
         {"targets": ("q_proj", "v_proj")},
+        {"fan_in_fan_out": True},  # of no effect on LLaMA's layers, which PEFT warns about
     ],
     ids=lambda s: next(iter(s)),
 )
@@ -91,6 +94,52 @@ def test_pefts_other_settings_give_pefts_weights(family, tmp_path, settings):
     found = load_file(tmp_path / "out" / "model.safetensors")
     count, total = differing(found, peft_merge(family / "base-hf", tmp_path / "a"))
     assert count < total / 1000
+
+
+@pytest.mark.parametrize("in_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("base_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes_of_base_and_adapter(family, copied, tmp_path, base_dtype, in_dtype):
+    """The base's dtype is kept, whatever the adapter's is, and in either of its containers."""
+    tensors, params = synthetic.meta_tensors(dtype=base_dtype)
+    synthetic.write_meta(tmp_path / "b", tensors, params)
+    shutil.copy(family / "base" / "tokenizer.model", tmp_path / "b")
+    llamalab.convert(tmp_path / "b", tmp_path / "hf")
+    adapter = copied("llama-lora")
+    held = load_file(adapter / "adapter_model.safetensors")
+    held = {name: tensor.to(in_dtype) for name, tensor in held.items()}
+    save_file(held, adapter / "adapter_model.safetensors")
+    wanted = peft_merge(tmp_path / "hf", adapter)
+    made = llamalab.merge(tmp_path / "hf", adapter, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {base_dtype}
+    count, total = differing(found, wanted)
+    assert count < total / 1000
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save(held, adapter / "adapter_model.bin")
+    again = llamalab.merge(tmp_path / "hf", adapter, tmp_path / "again")
+    assert again.tensor_digest == made.tensor_digest
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_base_in_several_files(family, tmp_path, suffix):
+    """HF layout as others write it: shards and an index, as safetensors or by `torch.save`."""
+    whole, base = family / "base-hf", tmp_path / "base"
+    base.mkdir()
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copy(whole / name, base)
+    tensors = load_file(whole / "model.safetensors")
+    stem, index = "model" if suffix == "safetensors" else "pytorch_model", {}
+    for number in range(3):
+        held = {name: tensors[name] for name in sorted(tensors)[number::3]}
+        file = f"{stem}-{number + 1:05d}-of-00003.{suffix}"
+        (save_file if suffix == "safetensors" else torch.save)(held, base / file)
+        index |= dict.fromkeys(held, file)
+    (base / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": index}))
+    digests = {
+        llamalab.merge(given, family / "llama-lora", tmp_path / f"out{i}").tensor_digest
+        for i, given in enumerate((whole, base))
+    }
+    assert len(digests) == 1
 
 
 def test_every_route_gives_the_same_bytes(family, tmp_path):
