@@ -19,7 +19,7 @@ BIN := $(if $(CONDA),$(CONDA),$(CURDIR)/.venv)/bin
 IN_ENV = PATH="$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab break test test-heavy clean
+.PHONY: help setup run lab break test test-heavy bench clean
 
 help: ## Show this list
 	@echo "Usage: make TARGET (each one sets up what it needs first)"
@@ -38,11 +38,15 @@ break: setup ## Make a broken model to diagnose: make break CASE=twice; without 
 	@$(IN_ENV) python -W ignore -m llamalab.clinic $(CASE)
 
 test: setup ## Check style, then run the tests, every notebook among them
-	@$(IN_ENV) ruff check lib tests notebooks
+	@$(IN_ENV) ruff check lib tests benchmarks notebooks
 	@$(IN_ENV) python -m pytest $(ARGS)
 
 test-heavy: setup ## Run the tests that take minutes, gigabytes or a GPU
 	@$(IN_ENV) python -m pytest -m heavy $(ARGS)
+
+bench: setup ## Measure against cp and other programs (60 GB of disk, half an hour; ARGS="--size 1b")
+	@$(IN_ENV) python benchmarks/convert.py $(ARGS)
+	@$(IN_ENV) python benchmarks/merge.py $(ARGS)
 
 clean: ## Remove .venv and runs; models are kept
 	@rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis lib/llamalab.egg-info

@@ -12,9 +12,9 @@ import shutil
 import sys
 from pathlib import Path
 
-import harness
 import torch
 
+import harness
 from llamalab import rehearsal
 from llamalab.checkpoint import HFCheckpoint
 

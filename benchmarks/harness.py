@@ -218,6 +218,9 @@ def facts(size: str, repeats: int) -> dict:
     }
 
 
+_SHA256 = "import hashlib, sys; hashlib.file_digest(open(sys.argv[1], 'rb'), 'sha256')"
+
+
 def limits(file: Path, out: Path) -> list[Contender]:
     """Return the copy that everything is compared with, and what disk and hash allow."""
     count = max(1, file.stat().st_size // 2**24)
@@ -234,5 +237,5 @@ def limits(file: Path, out: Path) -> list[Contender]:
             + ["oflag=direct", "conv=fsync"],
             out,
         ),
-        Contender("only sha256", ["sha256sum", str(file)]),
+        Contender("only sha256", [sys.executable, "-c", _SHA256, str(file)]),
     ]

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import convert
 import harness
-
 from llamalab import rehearsal
 from llamalab.checkpoint import HFCheckpoint
 

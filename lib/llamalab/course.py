@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from . import catalog, estimate, mirror, transfer
 from .conversion import convert
@@ -192,6 +195,36 @@ def record(**results) -> None:
     json.dumps(results)  # fails here, where the mistake is
     text = "recorded: " + ", ".join(results)
     display({RESULTS: results, "text/plain": text}, raw=True)
+
+
+class MemoryWatch:
+    """Watches, while its context lasts, how much memory this process holds of its own.
+
+    Attributes:
+        grown: bytes, the most that was held beyond what was held at the start.
+        exact: whether the system tells pages of files apart, which can be dropped at any time and
+            are left out; else they are counted along.
+    """
+
+    def __enter__(self) -> MemoryWatch:
+        self.grown, self.exact = 0, hasattr(psutil.Process().memory_info(), "shared")
+        self._start, self._over = self._held(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @staticmethod
+    def _held() -> int:
+        held = psutil.Process().memory_info()
+        return held.rss - getattr(held, "shared", 0)
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.005):
+            self.grown = max(self.grown, self._held() - self._start)
 
 
 def use_chinese_font() -> str:
