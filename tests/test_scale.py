@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 
-import faults
+import crashes
 from llamalab import catalog, rehearsal
 from llamalab.checkpoint import HFCheckpoint
 from llamalab.rehearsal import SIZES
@@ -87,7 +87,7 @@ def one_billion(tmp_path_factory):
     require_disk(root, 12)
     rehearsal.write_base(root / "base", SIZES["1b"])
     rehearsal.write_adapter(root / "lora", SIZES["1b"], root / "base" / "tokenizer.model")
-    runs = faults.Runs(root)
+    runs = crashes.Runs(root)
     convert = ["convert", "--input-dir", root / "base", "--output-dir", root / "hf"]
     assert runs.run(*convert) == 0
     yield root, runs
@@ -106,7 +106,7 @@ def test_killed_at_twenty_random_points(one_billion, route):
         "merge": [*merge, root / "hf", *to],
         "fused": [*merge, root / "base", *to],
     }[route]
-    met = faults.kill_and_resume(runs, command, out, kills=20, seed=7)
+    met = crashes.kill_and_resume(runs, command, out, kills=20, seed=7)
     print(f"\n{route}: {met}")
     assert met["absent"] >= 5 and met["kept"] >= 5
     shutil.rmtree(out)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-import faults
+import crashes
 import llamalab
 import synthetic
 from llamalab import checkpoint, writer
@@ -19,7 +19,7 @@ from llamalab.errors import DamagedFile, NotEnoughRoom
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    started = faults.Runs(tmp_path_factory.mktemp("runs"))
+    started = crashes.Runs(tmp_path_factory.mktemp("runs"))
     yield started
     started.close()
 
@@ -49,7 +49,7 @@ def commands(base, out) -> dict[str, list]:
 @pytest.mark.parametrize("route", ["convert", "merge", "fused"])
 def test_killed_at_twenty_random_points(runs, base, tmp_path, route):
     out = tmp_path / "out"
-    met = faults.kill_and_resume(runs, commands(base, out)[route], out, kills=20, seed=7)
+    met = crashes.kill_and_resume(runs, commands(base, out)[route], out, kills=20, seed=7)
     assert met["absent"] >= 5 and met["resumed"] >= 3 and met["kept"] >= 5, met
 
 
@@ -57,12 +57,12 @@ def test_half_a_model_would_be_noticed(runs, base, tmp_path):
     """The judge of the test above, on a model of which a byte is wrong."""
     out = tmp_path / "out"
     assert runs.run(*commands(base, out)["convert"]) == 0
-    wanted = faults.recomputed_digest(out)
+    wanted = crashes.recomputed_digest(out)
     shard = sorted(out.glob("*.safetensors"))[1]
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    assert faults.recomputed_digest(out) != wanted
+    assert crashes.recomputed_digest(out) != wanted
 
 
 def test_interrupted_it_is_tidy_and_says_how_to_go_on(runs, base, tmp_path):
@@ -70,7 +70,7 @@ def test_interrupted_it_is_tidy_and_says_how_to_go_on(runs, base, tmp_path):
     command, partial = commands(base, out)["fused"], tmp_path / ".out.partial"
     for _ in range(20):  # until one is met in the middle
         pid = runs.start(*command)
-        while len(faults.shards_of(partial)) < 4 and not out.exists():
+        while len(crashes.shards_of(partial)) < 4 and not out.exists():
             time.sleep(0.001)
         runs.signal(pid, signal.SIGINT)
         code = runs.end()
@@ -80,10 +80,10 @@ def test_interrupted_it_is_tidy_and_says_how_to_go_on(runs, base, tmp_path):
     assert code == 130
     assert "the same command goes on from there" in runs.errors.read_text()
     assert "Traceback" not in runs.errors.read_text()
-    kept = faults.shards_of(partial)
+    kept = crashes.shards_of(partial)
     assert not list(partial.glob("*.unfinished"))
     assert runs.run(*command) == 0
-    again = [name for name, stamp in kept.items() if faults.shards_of(out)[name] != stamp]
+    again = [name for name, stamp in kept.items() if crashes.shards_of(out)[name] != stamp]
     assert len(kept) >= 4 and len(again) <= 1  # the last one may not have been noted yet
 
 
@@ -143,12 +143,12 @@ def test_a_disk_that_fills_up_leaves_what_is_finished(base, small_disk, monkeypa
         llamalab.convert(base, disk / "out", **settings)
     assert "run the same command again" in caught.value.fix
     assert [path.name for path in disk.iterdir()] == [".out.partial"]
-    kept = faults.shards_of(disk / ".out.partial")
+    kept = crashes.shards_of(disk / ".out.partial")
     assert kept and not list((disk / ".out.partial").glob("*.unfinished"))
     grow("64m")
     made = llamalab.convert(base, disk / "out", **settings)
-    assert {name: faults.shards_of(disk / "out")[name] for name in kept} == kept
-    assert made.tensor_digest == faults.recomputed_digest(base / "hf")
+    assert {name: crashes.shards_of(disk / "out")[name] for name in kept} == kept
+    assert made.tensor_digest == crashes.recomputed_digest(base / "hf")
 
 
 def test_a_disk_too_small_is_refused_before_the_first_byte(base, small_disk):
