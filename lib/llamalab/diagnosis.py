@@ -12,7 +12,7 @@ The rest are doubts that no program of the field raises, each one a function her
 from __future__ import annotations
 
 import html
-import re
+import shlex
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,7 +28,7 @@ from . import catalog
 from .checkpoint import Checkpoint, open_checkpoint, read_json
 from .conversion import as_hf, permute, unpermute
 from .errors import LabError
-from .inference import Model, model_of, template_mistake, unsound
+from .inference import Model, model_of, pick_device, template_mistake, unsound
 from .merging import Adapter, adapter_list, with_adapters
 from .places import locate
 from .progress import bytes_bar
@@ -98,7 +98,7 @@ class Diagnosis:
 
     Attributes:
         subject: what the weights are, as far as that can be told.
-        findings: in the order of `FINDINGS`' checks; the first one is the one to mend first.
+        findings: in the order of `FINDINGS`; the first one is the one to mend first.
         notes: what could not be judged, and why.
     """
 
@@ -151,35 +151,43 @@ def diagnose(
         device: where the forward passes run; they need the model's memory.
 
     Raises:
-        NotFound, UsageError: there is nothing under one of the names.
+        NotFound, UsageError: there is nothing under one of the names, or no such device.
     """
+    pick_device(device)
     adapters = [locate(item, models_dir) for item in adapter_list(lora_model)]
     case = _Case(locate(base_model, models_dir), adapters)
     view = case.look("layout", lambda: as_hf(open_checkpoint(case.directory)))
-    if adapters:
-        opened = [case.look("adapters", Adapter, path) for path in adapters]
-        if view and all(opened):
-            view = case.look("adapters", with_adapters, view, opened) or view
-        case.look("versions", _check_versions, opened)
+    opened = [case.look("adapters", Adapter, path) for path in adapters]
+    if view and all(opened):
+        view = case.look("adapters", with_adapters, view, opened) or view
     if view is None:
         return case.end("The weights could not be opened.")
-    family = catalog.family_of(view.made_of, view.vocab_size)
     # From here on, each check goes on only where it would not tell an earlier fault again.
     if not case.names:
-        if case.look("tokenizer", fitting_model, view) is not None:
-            if not adapters:
-                case.look("BOS", _check_bos, case.directory, view)
-            if prompt:
-                case.look("prompt", _check_prompt, view, prompt, bool(with_prompt))
+        case.look("adapters", _check_new_pieces, opened, view)
+    if not case.names:
+        case.look("tokenizer", fitting_model, view)
         case.look("dtypes", _check_dtypes, view)
     sound = not case.names
+    # Rows can be added for speed: it is the pieces that tell the family.
+    rows = len(Tokenizer(view.tokenizer)) if sound else view.vocab_size
+    family = catalog.family_of(view.made_of, rows)
+    if sound and not adapters:
+        case.look("BOS", _check_bos, case, view)
+    if sound and prompt:
+        case.look("prompt", _check_prompt, view, prompt, bool(with_prompt))
     if sound or case.names == ["applied-twice"]:  # a base that is merged has the family asked for
         _check_template(case, family, with_prompt)
     if sound:
         case.look("new rows", _check_appended_rows, view)
+    if adapters:
+        case.look("versions", _check_versions, opened)
+    unread = "the values of all weights, and the order of q and k (by a forward pass)"
     if quick:
-        case.notes.append("Left out by --quick: the values of all weights; the order of q and k.")
-    elif sound and case.look("values", _check_values, view):
+        case.notes.append(f"Left out by --quick: {unread}.")
+    elif not sound:
+        case.notes.append(f"Not looked at before what was found is mended: {unread}.")
+    elif case.look("values", _check_values, view):
         _check_order(case, view, device)
     return case.end(_subject(view, family))
 
@@ -204,18 +212,26 @@ class _Case:
             return check(*arguments)
         except LabError as error:
             name = error.finding or "damaged-file"
-            kind = FINDINGS[name]
-            given = {"MODEL": self.directory, "ADAPTER": ",".join(map(str, self.adapters))}
-            words = [re.sub(r"^(MODEL|ADAPTER)", lambda m: str(given[m[1]] or m[1]), word)
-                     for word in kind.command.split()]  # fmt: skip
-            why, command = error.why or kind.cause, " ".join(words)
+            why = error.why or FINDINGS[name].cause
             if name not in self.names:
+                command = self._filled_in(FINDINGS[name].command)
                 self.findings.append(Finding(name, error.what, why, error.fix, command))
             return None
 
+    def _filled_in(self, command: str) -> str:
+        """Put what was given for MODEL and ADAPTER; a file comes from the last adapter."""
+        given = {"MODEL": str(self.directory), "MODEL/": f"{self.directory}/"}
+        if self.adapters:
+            given |= {"ADAPTER": ",".join(map(str, self.adapters))}
+            given |= {"ADAPTER/tokenizer.model": str(self.adapters[-1] / "tokenizer.model")}
+        words = (shlex.quote(given[word]) if word in given else word for word in command.split())
+        return " ".join(words)
+
     def end(self, subject: str) -> Diagnosis:
         looked_at = tuple(dict.fromkeys(self.looked_at))
-        return Diagnosis(subject, tuple(self.findings), tuple(self.notes), looked_at)
+        order = list(FINDINGS)
+        findings = tuple(sorted(self.findings, key=lambda finding: order.index(finding.name)))
+        return Diagnosis(subject, findings, tuple(self.notes), looked_at)
 
 
 def _subject(view: Checkpoint, family: str) -> str:
@@ -248,12 +264,28 @@ def _check_versions(adapters: Sequence[Adapter | None]) -> None:
             )
 
 
-def _check_bos(directory: Path, view: Checkpoint) -> None:
+def _check_new_pieces(adapters: Sequence[Adapter], view: Checkpoint) -> None:
+    """Hold an adapter that promises no embeddings to the tokenizer that lies beside it."""
+    for adapter in adapters:
+        if adapter.tokenizer and not adapter.whole:
+            pieces = len(Tokenizer(adapter.tokenizer))
+            if pieces > view.vocab_size:
+                raise _found(
+                    "adapter-without-embeddings",
+                    f"{adapter.tokenizer} has {pieces:,} pieces, the model has "
+                    f"{view.vocab_size:,} rows, and the adapter brings no embeddings.",
+                    "The pieces that were added to the vocabulary have no meaning.",
+                    "Save the adapter again with embed_tokens and lm_head in modules_to_save.",
+                )
+
+
+def _check_bos(case: _Case, view: Checkpoint) -> None:
     """Hold the tokenizer files that plain transformers reads to BOS; SentencePiece needs none.
 
     With a tokenizer.json its own post-processor decides, else `add_bos_token` does (ran with
     transformers 5.23; a tokenizer.model alone is read by another class, with other ids).
     """
+    directory = case.directory
     if not (directory / "config.json").is_file():
         if (directory / "tokenizer_config.json").is_file():
             raise _found(
@@ -262,7 +294,11 @@ def _check_bos(directory: Path, view: Checkpoint) -> None:
                 "transformers finds no config.json here, and no weights under its names.",
                 f"Run 'llamalab convert --input-dir {directory} --output-dir OUT'.",
             )
-        return  # Meta's own layout, which only programs read that add BOS themselves
+        case.notes.append(
+            "Weights in Meta layout. transformers does not read them ('does not appear to have a "
+            f"file named config.json'): for it, llamalab convert --input-dir {directory}."
+        )
+        return  # programs that read Meta's own layout add BOS themselves
     fast, config = directory / "tokenizer.json", directory / "tokenizer_config.json"
     if fast.is_file():
         try:

@@ -89,7 +89,8 @@ class Model:
     def __init__(self, network, tokenizer: Tokenizer, made_of: tuple[str, ...] = ()):
         self.network, self.tokenizer, self.made_of = network, tokenizer, made_of
         self.context_length = network.config.max_position_embeddings
-        self.family = catalog.family_of(made_of, network.config.vocab_size)
+        # Rows can be added for speed: it is the pieces that tell the family.
+        self.family = catalog.family_of(made_of, len(tokenizer))
 
     @property
     def device(self) -> torch.device:

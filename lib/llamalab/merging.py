@@ -32,7 +32,7 @@ from .conversion import as_hf, as_meta
 from .digest import hash_file
 from .errors import DamagedFile, Incompatible, NotFound, UsageError, WrongLayout
 from .places import locate
-from .tokenizer import read_model, tokenizer_files
+from .tokenizer import padded, read_model, tokenizer_files
 from .writer import Made, write
 
 LLAMA_2_ROWS = 55_296
@@ -258,9 +258,10 @@ def with_lora(base: Checkpoint, adapter: Adapter, *, force: bool = False) -> Che
         Incompatible: they do not belong together; the message names the tensor or the step.
     """
     _check_targets(base, adapter)
-    _check_vocabulary(base, adapter)
     if not force:
         _check_not_contained(base, adapter)
+    _check_vocabulary(base, adapter)
+    if not force:
         _check_published_order(base, adapter)
     return _Merged(base, adapter)
 
@@ -355,15 +356,26 @@ def _check_vocabulary(base: Checkpoint, adapter: Adapter) -> None:
 
 
 def contains(base: Checkpoint, adapter: Adapter) -> bool:
-    """Whether the base's embedding equals the adapter's: then the adapter is merged already."""
+    """Whether the base's embedding begins with the adapter's: then the adapter is merged already.
+
+    The merged model may have been cast to another dtype since, which leaves the values of the
+    dtype it had, or its rows may have been rounded up for speed.
+    """
     name = adapter.whole.get("model.embed_tokens")
-    spec = base.tensors[base.embedding]
-    if name is None or adapter.spec(name).shape != spec.shape:
+    trained = {module.split(".")[-1] for module in adapter.config.get("modules_to_save") or ()}
+    if name is None or "embed_tokens" not in trained:  # PEFT can save the base's own along
         return False
-    return all(
-        torch.equal(base.read(base.embedding, a, b), adapter.read(name, a, b).to(spec.dtype))
-        for a, b in spec.blocks()
-    )
+    (rows, columns), spec = adapter.spec(name).shape, base.tensors[base.embedding]
+    if columns != spec.shape[1] or not (rows == spec.rows or padded(spec.rows, rows)):
+        return False
+    possible = {spec.dtype, torch.float16, torch.bfloat16}  # in which it may have been merged
+    for start, stop in spec.blocks():
+        stop = min(stop, rows)
+        held, new = base.read(base.embedding, start, stop), adapter.read(name, start, stop)
+        possible = {d for d in possible if torch.equal(held, new.to(d).to(spec.dtype))}
+        if not possible:
+            return False
+    return True
 
 
 def _check_not_contained(base: Checkpoint, adapter: Adapter) -> None:
