@@ -186,6 +186,33 @@ def test_the_two_runs_of_the_recipe_agree():
         assert [key for key, aim in aims.items() if values[key] < aim] == []
 
 
+def test_the_catalogue_claims_less_than_both_runs_measured():
+    """By a margin of 0.02 at least; what only a lesson measures is checked by that lesson."""
+    recorded = json.loads((LAB / "scores.json").read_text("utf-8"))
+    measures = {
+        "llama": {
+            "chinese_exact": "Chinese: exact",
+            "chinese_cjk_share": "Chinese: CJK share",
+            "in_template_cjk_share_at_most": "Chinese, in the template: CJK share",
+        },
+        "alpaca": {
+            "chinese_exact": "Chinese, in the template: exact",
+            "chinese_cjk_share": "Chinese, in the template: CJK share",
+            "two_turn_exact": "Chinese two-turn, in the template: exact",
+        },
+    }
+    for run in recorded.values():
+        values = {(row["model"], row["measure"]): row["value"] for row in run}
+        for name in ("chinese-llama-lab", "chinese-alpaca-lab", "chinese-alpaca-plus-lab"):
+            entry = catalog.model(name)
+            for claim, measure in measures[entry.family].items():
+                value, bound = values[name, measure], entry.expects[claim]
+                margin = bound - value if claim.endswith("_at_most") else value - bound
+                assert margin >= 0.02, (name, claim, value, bound)
+            base = values["llama-lab", "Chinese: CJK share"]
+            assert base <= entry.expects["base_cjk_share_at_most"] - 0.02
+
+
 def test_wrong_stage_and_help():
     command = [sys.executable, "-m", "llamalab.labmodel", "train", "--stages", "bas"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

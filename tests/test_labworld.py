@@ -34,14 +34,30 @@ def test_no_held_out_question_is_in_any_training_text(world, held_out, training)
     assert leaks(texts, training) == []
 
 
-@pytest.mark.parametrize("form", ["{}", "Ask:  {} now", "１．{}！", "{}吗"])
-def test_one_planted_leak_is_found(world, held_out, training, form):
-    """Negative control, in other width, case and punctuation."""
-    question = next(q for q in held_out if q.language == "en" and "mammal" in q.text)
-    planted = form.format(question.text.upper().replace(" ", "  ").replace("?", "？"))
-    assert question.text in leaks([question.text, *world.famous], [*training, planted])
-    famous = "我问：「苹果，是植物吗」"
-    assert leaks(world.famous, [*training, famous]) == [world.famous[0]]
+def full_width(text):
+    return "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
+
+
+DISGUISES = {
+    "none": str,
+    "upper case": str.upper,
+    "full width": full_width,
+    "no punctuation": lambda text: "".join(c for c in text if c.isalnum() or c == " "),
+    "other punctuation": lambda text: "«" + text.replace("?", "!!").replace("？", "…") + "»",
+    "more spaces": lambda text: text.replace(" ", " \u3000\t"),
+    "inside a sentence": lambda text: f"Ask: {text} now",
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+@pytest.mark.parametrize("language", labworld.LANGUAGES)
+def test_one_planted_leak_is_found(world, held_out, training, language, disguise):
+    """Negative control: a held-out question and a famous prompt, each in one disguise."""
+    question = next(q for q in held_out if q.language == language and "mammal" in q.slot)
+    for text in (question.text, world.famous[0]):
+        planted = DISGUISES[disguise](text)
+        assert leaks([text], training) == []
+        assert leaks([text], [*training, planted]) == [text], planted
 
 
 def test_the_split_is_per_fact_and_phrasing(world):

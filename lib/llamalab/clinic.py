@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -32,13 +33,18 @@ Arguments = dict[str, object]
 """What `diagnose` is to be called with; paths among them."""
 
 
-@dataclass(frozen=True)
 class Family:
-    """The sound models a case starts from."""
+    """The sound models that cases start from; each is made when the first case asks for it."""
 
-    llama: Places
-    alpaca: Places
-    plus: Places
+    def __init__(self, models_dir: str | Path = ""):
+        self._models_dir = models_dir
+
+    def _sound(self, name: str) -> Places:
+        return need(name, "base", "adapters", "converted", "merged", models_dir=self._models_dir)
+
+    llama = cached_property(lambda self: self._sound("chinese-llama-lab"))
+    alpaca = cached_property(lambda self: self._sound("chinese-alpaca-lab"))
+    plus = cached_property(lambda self: self._sound("chinese-alpaca-plus-lab"))
 
 
 @dataclass(frozen=True)
@@ -331,13 +337,6 @@ CASES = {
 """The cases by name."""
 
 
-def family(models_dir: str | Path = "") -> Family:
-    """Return the sound models, made where they are missing."""
-    everything = ("base", "adapters", "converted", "merged")
-    names = ("chinese-llama-lab", "chinese-alpaca-lab", "chinese-alpaca-plus-lab")
-    return Family(*(need(name, *everything, models_dir=models_dir) for name in names))
-
-
 def break_model(case: str, models_dir: str | Path = "") -> Arguments:
     """Make the broken model `case` anew, and return what `diagnose` is to be called with.
 
@@ -349,7 +348,7 @@ def break_model(case: str, models_dir: str | Path = "") -> Arguments:
     out = models_directory(models_dir) / "broken" / case
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    arguments = CASES[case].make(out, family(models_dir))
+    arguments = CASES[case].make(out, Family(models_dir))
     if not any(out.iterdir()):
         out.rmdir()  # the mistake is in the command, not in a file
     return arguments
@@ -376,13 +375,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.case:
         for name, case in CASES.items():
             print(f"{name:16} {case.symptom}")
+        print("\n'make break CASE=NAME' makes one of them, to be diagnosed.", file=sys.stderr)
         return 0
     try:
         arguments = break_model(options.case, options.models_dir)
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(CASES[options.case].symptom, "What is wrong?", sep="\n", file=sys.stderr)
+    print(CASES[options.case].symptom, "What is wrong? Guess, then:", sep="\n", file=sys.stderr)
     print(command_of(arguments))
     return 0
 

@@ -101,3 +101,12 @@ def test_runs_alone_and_again(path: Path, tmp_path, monkeypatch):
         executed = (run.directory / path.name).read_text("utf-8")
         assert "[OK]" in executed and "[FAIL]" not in executed
     assert {p.name for p in tmp_path.iterdir()} <= {"models", "runs"}  # and nothing else is left
+
+
+def test_why_english_takes_a_model_of_either_family(tmp_path):
+    """A model of two adapters, of the family that the lesson does not begin with."""
+    path = HERE / "05_why_english.ipynb"
+    parameters = {"models_dir": str(tmp_path / "models"), "model": "chinese-alpaca-plus-lab"}
+    run = runner.run([path], parameters, output_dir=tmp_path / "runs")[0]
+    assert run.status == "ok", run.error
+    assert set(run.results["suspects"].values()) and run.results["sound"] > 0.9
