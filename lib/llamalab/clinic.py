@@ -28,6 +28,7 @@ from .course import Places, need
 from .errors import LabError
 from .merging import Adapter, merge
 from .places import models_directory
+from .tokenizer import read_model
 
 Arguments = dict[str, object]
 """What `diagnose` is to be called with; paths among them."""
@@ -79,6 +80,17 @@ def _edited(source: Path, out: Path, change) -> Arguments:
     return {"base_model": out / "model"}
 
 
+def _with_file(file: Path, family: Family, out: Path) -> Arguments:
+    """Return the arguments for a copy of the llama model into which a file was brought over."""
+    shutil.copy(file, _copy(family.llama.merged, out / "model"))
+    return {"base_model": out / "model"}
+
+
+def _without_file(name: str, source: Path, out: Path) -> Arguments:
+    (_copy(source, out / "model") / name).unlink()
+    return {"base_model": out / "model"}
+
+
 def _edited_adapter(family: Family, out: Path, change) -> Arguments:
     adapter = _copy(family.alpaca.adapters[0], out / "adapter")
     _edit_weights(adapter / "adapter_model.safetensors", change)
@@ -88,28 +100,8 @@ def _edited_adapter(family: Family, out: Path, change) -> Arguments:
 # --- The cases that take more than a line -------------------------------------------------
 
 
-def _borrowed_config(out: Path, family: Family) -> Arguments:
-    model = _copy(family.llama.merged, out / "model")
-    shutil.copy(family.llama.converted / "config.json", model)
-    return {"base_model": model}
-
-
-def _base_tokenizer(out: Path, family: Family) -> Arguments:
-    model = _copy(family.llama.merged, out / "model")
-    shutil.copy(family.llama.base / "tokenizer.model", model)
-    return {"base_model": model}
-
-
-def _alpaca_tokenizer(out: Path, family: Family) -> Arguments:
-    model = _copy(family.llama.merged, out / "model")
-    shutil.copy(family.alpaca.adapters[0] / "tokenizer.model", model)
-    return {"base_model": model}
-
-
 def _stray_tokenizer(out: Path, family: Family) -> Arguments:
     """A vocabulary that somebody went on extending after the weights were made."""
-    from .tokenizer import read_model
-
     model = _copy(family.llama.merged, out / "model")
     pieces = read_model(model / "tokenizer.model")
     for number in range(7):
@@ -168,12 +160,6 @@ def _renamed_weights(out: Path, family: Family) -> Arguments:
     return {"base_model": out / "model"}
 
 
-def _no_config(out: Path, family: Family) -> Arguments:
-    model = _copy(family.llama.merged, out / "model")
-    (model / "config.json").unlink()
-    return {"base_model": model}
-
-
 def _cut_off(out: Path, family: Family) -> Arguments:
     weights = _copy(family.alpaca.merged, out / "model") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
@@ -190,12 +176,6 @@ def _dora(out: Path, family: Family) -> Arguments:
     adapter = _copy(family.alpaca.adapters[0], out / "adapter")
     _edit_json(adapter / "adapter_config.json", use_dora=True)
     return {"base_model": family.alpaca.base, "lora_model": adapter}
-
-
-def _no_tokenizer(out: Path, family: Family) -> Arguments:
-    model = _copy(family.alpaca.merged, out / "model")
-    (model / "tokenizer.model").unlink()
-    return {"base_model": model}
 
 
 def _reorder(order: Callable) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -244,11 +224,19 @@ CASES = {
         "no-template",
     ),
     "borrowed": Case(
-        _borrowed_config, "A size mismatch when transformers loads it.", "borrowed-config"
+        lambda out, f: _with_file(f.llama.converted / "config.json", f, out),
+        "A size mismatch when transformers loads it.",
+        "borrowed-config",
     ),
-    "old-pieces": Case(_base_tokenizer, "Chinese comes out as single bytes.", "base-tokenizer"),
+    "old-pieces": Case(
+        lambda out, f: _with_file(f.llama.base / "tokenizer.model", f, out),
+        "Chinese comes out as single bytes.",
+        "base-tokenizer",
+    ),
     "one-more": Case(
-        _alpaca_tokenizer, "An id beyond the embedding, sometimes.", "mixed-vocabularies"
+        lambda out, f: _with_file(f.alpaca.adapters[0] / "tokenizer.model", f, out),
+        "An id beyond the embedding, sometimes.",
+        "mixed-vocabularies",
     ),
     "one-less": Case(
         lambda out, f: {"base_model": f.alpaca.merged, "lora_model": f.llama.adapters},
@@ -289,7 +277,11 @@ CASES = {
         _merged_to_pth, "It asked for a config.json, got one, and still fails.", "meta-weights"
     ),
     "renamed": Case(_renamed_weights, "Every tensor is said to be missing.", "hf-weights"),
-    "no-config": Case(_no_config, "It asks for a config.json.", "no-config"),
+    "no-config": Case(
+        lambda out, f: _without_file("config.json", f.llama.merged, out),
+        "It asks for a config.json.",
+        "no-config",
+    ),
     "as-model": Case(
         lambda out, f: {"base_model": f.alpaca.adapters[0]},
         "It asks for a config.json.",
@@ -297,7 +289,11 @@ CASES = {
     ),
     "cut-off": Case(_cut_off, "The weights cannot be read.", "damaged-file"),
     "web-page": Case(_html_page, "The adapter cannot be read.", "damaged-file"),
-    "no-pieces": Case(_no_tokenizer, "Nothing can be asked.", "no-tokenizer"),
+    "no-pieces": Case(
+        lambda out, f: _without_file("tokenizer.model", f.alpaca.merged, out),
+        "Nothing can be asked.",
+        "no-tokenizer",
+    ),
     "never-permuted": Case(
         lambda out, f: _edited(f.alpaca.merged, out, _reorder(unpermute)),
         "Fluent for some words, then nonsense.",

@@ -353,7 +353,8 @@ def _check_template(case: _Case, family: str, with_prompt: bool | None) -> None:
 
 def _check_prompt(view: Checkpoint, prompt: str, with_prompt: bool) -> None:
     text = TEMPLATES["alpaca" if with_prompt else "none"].render(prompt)
-    tokens, context = len(Tokenizer(view.tokenizer).encode(text)), _context(view)
+    tokens = len(Tokenizer(view.tokenizer).encode(text))
+    context = view.config["max_position_embeddings"]
     if tokens >= context:
         raise _found(
             "long-prompt",
@@ -361,10 +362,6 @@ def _check_prompt(view: Checkpoint, prompt: str, with_prompt: bool) -> None:
             "The model was never trained on longer texts.",
             "Shorten the prompt or the conversation.",
         )
-
-
-def _context(view: Checkpoint) -> int:
-    return view.config["max_position_embeddings"]
 
 
 # --- From the embeddings ------------------------------------------------------------------
@@ -483,10 +480,7 @@ def _reorder(model: Model, order: Callable) -> None:
     for layer in model.network.model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             weight = projection.weight.data
-            head_dim = getattr(config, "head_dim", None)
-            weight.copy_(
-                order(weight, head_dim or config.hidden_size // config.num_attention_heads)
-            )
+            weight.copy_(order(weight, config.hidden_size // config.num_attention_heads))
 
 
 def answer_loss(model: Model, pages: Sequence[str] = PAGES) -> float:

@@ -109,4 +109,4 @@ def test_why_english_takes_a_model_of_either_family(tmp_path):
     parameters = {"models_dir": str(tmp_path / "models"), "model": "chinese-alpaca-plus-lab"}
     run = runner.run([path], parameters, output_dir=tmp_path / "runs")[0]
     assert run.status == "ok", run.error
-    assert set(run.results["suspects"].values()) and run.results["sound"] > 0.9
+    assert run.results["sound"] > 0.9 >= run.results["suspects"]["3 the base in its place"]
