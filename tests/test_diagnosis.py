@@ -107,6 +107,7 @@ def test_rows_added_for_speed_are_no_finding_and_are_never_answered(lab, tmp_pat
     assert diagnose(tmp_path / "m", with_prompt=True, device="cpu").ok
     assert diagnose(tmp_path / "m", with_prompt=False, quick=True).names == ["no-template"]
     plain, padded = (load(d, device="cpu") for d in (lab / "chinese-alpaca-lab", tmp_path / "m"))
+    assert padded.family == "alpaca"
     with torch.no_grad():  # the worst case: the added rows would win every time
         padded.network.lm_head.weight[len(padded.tokenizer) :] = 0.0
         padded.network.lm_head.bias = torch.nn.Parameter(torch.zeros(rows))
@@ -286,7 +287,7 @@ def test_bos_is_judged_as_plain_transformers_behaves(lab, tmp_path):
     """Every combination of tokenizer files, held against what AutoTokenizer then encodes."""
     from transformers import AutoTokenizer
 
-    for fast in (True, False):
+    for fast in ("with BOS", "without BOS", False):
         for said in (True, False, None, "no file"):
             model = tmp_path / f"{fast}-{said}"
             shutil.copytree(lab / "llama-lab-hf", model)
@@ -297,7 +298,10 @@ def test_bos_is_judged_as_plain_transformers_behaves(lab, tmp_path):
             config.write_text(json.dumps(held))
             if said == "no file":
                 config.unlink()
-            if not fast:
+            if fast == "without BOS":
+                held = json.loads((model / "tokenizer.json").read_text())
+                (model / "tokenizer.json").write_text(json.dumps(held | {"post_processor": None}))
+            elif not fast:
                 (model / "tokenizer.json").unlink()
             begins = AutoTokenizer.from_pretrained(model).encode("An apple")[0] == 1
             names = diagnose(model, quick=True).names

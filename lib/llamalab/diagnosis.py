@@ -306,18 +306,19 @@ def _check_bos(case: _Case, view: Checkpoint) -> None:
         except Exception as error:  # a bare Exception is all that the library raises
             raise _found("damaged-file", f"{fast} cannot be read: {error}.") from None
         told = begins == Tokenizer(view.tokenizer).bos
-        seen = f"{fast.name} does not begin a text with BOS."
+        seen, mend = f"{fast.name} does not begin a text with BOS.", "Make the model again."
     else:
         said = read_json(config) if config.is_file() else {}
         told = said.get("add_bos_token") is True
         seen = f"{config.name} {'does not say' if config.is_file() else 'is missing, as is'} "
         seen += "add_bos_token." if config.is_file() else "tokenizer.json."
+        mend = 'Put "add_bos_token": true into tokenizer_config.json, or make the model again.'
     if not told:
         raise _found(
             "no-bos",
             f"In {directory}, {seen}",
             "Plain transformers gives the model texts without BOS, which it was never trained on.",
-            'Put "add_bos_token": true into tokenizer_config.json, or make the model again.',
+            mend,
         )
 
 
