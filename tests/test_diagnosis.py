@@ -221,6 +221,15 @@ def test_the_order_of_findings_and_what_was_not_looked_at(lab, tmp_path):
     assert found.names == ["base-tokenizer"] and "Not looked at" in found.notes[-1]
 
 
+def test_the_command_says_where_a_missing_tokenizer_belongs(lab, tmp_path):
+    adapter = tmp_path / "a"
+    shutil.copytree(lab / "chinese-alpaca-plus-lora-lab", adapter)
+    (adapter / "tokenizer.model").unlink()
+    found = diagnose(lab / "llama-lab", [lab / "chinese-llama-lora-lab", adapter], quick=True)
+    assert found.names == ["no-tokenizer"]
+    assert found.findings[0].command == f"cp ADAPTER/tokenizer.model {adapter}/"
+
+
 def test_metas_layout_is_sound_and_said_not_to_be_what_transformers_reads(lab):
     found = diagnose(lab / "llama-lab", quick=True)
     assert found.ok and any("file named config.json" in note for note in found.notes)

@@ -145,11 +145,11 @@ def _untrained_rows(out: Path, family: Family) -> Arguments:
     return _edited(family.llama.merged, out, change)
 
 
-def _merged_to_pth(out: Path, family: Family) -> Arguments:
-    """Take the field's default output type, then bring a config.json over."""
+def _merged_to_pth(file: Path, family: Family, out: Path) -> Arguments:
+    """Take the output type that is the default of the field's script, and bring a file over."""
     merge(family.llama.base, family.llama.adapters, out / "model", output_type="pth")
     (out / "model" / "llamalab.json").unlink()
-    shutil.copy(family.llama.converted / "config.json", out / "model")
+    shutil.copy(file, out / "model")
     return {"base_model": out / "model"}
 
 
@@ -273,8 +273,15 @@ CASES = {
     "resized": Case(
         _untrained_rows, "Chinese questions get English words that say little.", "untrained-rows"
     ),
+    "by-default": Case(  # that script saves its tokenizer's files along
+        lambda out, f: _merged_to_pth(f.llama.merged / "tokenizer_config.json", f, out),
+        "It asks for a config.json.",
+        "meta-weights",
+    ),
     "brought-over": Case(
-        _merged_to_pth, "It asked for a config.json, got one, and still fails.", "meta-weights"
+        lambda out, f: _merged_to_pth(f.llama.converted / "config.json", f, out),
+        "It asked for a config.json, got one, and still fails.",
+        "meta-weights",
     ),
     "renamed": Case(_renamed_weights, "Every tensor is said to be missing.", "hf-weights"),
     "no-config": Case(

@@ -219,11 +219,11 @@ class _Case:
             return None
 
     def _filled_in(self, command: str) -> str:
-        """Put what was given for MODEL and ADAPTER; a file comes from the last adapter."""
-        given = {"MODEL": str(self.directory), "MODEL/": f"{self.directory}/"}
+        """Put what was given for MODEL and ADAPTER; a tokenizer belongs beside the last of them."""
+        last = [self.directory, *self.adapters][-1]
+        given = {"MODEL": str(self.directory), "MODEL/": f"{last}/"}
         if self.adapters:
-            given |= {"ADAPTER": ",".join(map(str, self.adapters))}
-            given |= {"ADAPTER/tokenizer.model": str(self.adapters[-1] / "tokenizer.model")}
+            given["ADAPTER"] = ",".join(map(str, self.adapters))
         words = (shlex.quote(given[word]) if word in given else word for word in command.split())
         return " ".join(words)
 
