@@ -39,6 +39,7 @@ def test_sound_lab_models_have_no_finding(lab, name, said):
     found = diagnose(lab / name, with_prompt=LAB_MODELS[name] if said else None, device="cpu")
     assert found.ok, str(found)
     assert {"layout", "tokenizer", "values", "order of q and k"} <= set(found.looked_at)
+    assert "adapters" not in found.looked_at
 
 
 @pytest.mark.parametrize(
@@ -219,6 +220,10 @@ def test_the_order_of_findings_and_what_was_not_looked_at(lab, tmp_path):
     shutil.copy(lab / "llama-lab" / "tokenizer.model", model)
     found = diagnose(model, device="cpu")
     assert found.names == ["base-tokenizer"] and "Not looked at" in found.notes[-1]
+
+
+def test_a_prompt_that_is_no_text_is_read_as_generate_reads_it(lab):
+    assert diagnose(lab / "chinese-llama-lab", prompt="the \ud83d cat", quick=True).ok
 
 
 def test_the_command_says_where_a_missing_tokenizer_belongs(lab, tmp_path):

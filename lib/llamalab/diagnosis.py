@@ -158,12 +158,12 @@ def diagnose(
     case = _Case(locate(base_model, models_dir), adapters)
     view = case.look("layout", lambda: as_hf(open_checkpoint(case.directory)))
     opened = [case.look("adapters", Adapter, path) for path in adapters]
-    if view and all(opened):
+    if adapters and view and all(opened):
         view = case.look("adapters", with_adapters, view, opened) or view
     if view is None:
         return case.end("The weights could not be opened.")
     # From here on, each check goes on only where it would not tell an earlier fault again.
-    if not case.names:
+    if adapters and not case.names:
         case.look("adapters", _check_new_pieces, opened, view)
     if not case.names:
         case.look("tokenizer", fitting_model, view)
@@ -354,6 +354,7 @@ def _check_template(case: _Case, family: str, with_prompt: bool | None) -> None:
 
 def _check_prompt(view: Checkpoint, prompt: str, with_prompt: bool) -> None:
     text = TEMPLATES["alpaca" if with_prompt else "none"].render(prompt)
+    text = text.encode("utf-8", "replace").decode()  # as generate does with half a surrogate pair
     tokens = len(Tokenizer(view.tokenizer).encode(text))
     context = view.config["max_position_embeddings"]
     if tokens >= context:
