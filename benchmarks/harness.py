@@ -218,7 +218,7 @@ def facts(size: str, repeats: int) -> dict:
     }
 
 
-_SHA256 = "import hashlib, sys; hashlib.file_digest(open(sys.argv[1], 'rb'), 'sha256')"
+_SHA256 = "import sys; from llamalab.digest import hash_file; hash_file(sys.argv[1])"
 
 
 def limits(file: Path, out: Path) -> list[Contender]:
