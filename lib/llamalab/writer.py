@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from . import __version__
 from .checkpoint import Checkpoint, open_checkpoint, raw_bytes, tensor_digest
 from .containers import DirectFile, write_safetensors, write_torch_archive
@@ -222,7 +224,9 @@ def _write_shards(
     plan = {"inputs": [_key(entry) for entry in inputs], "settings": settings}
     hashes = {name: sha for shard in done.values() for name, sha in shard.items()}
     with (
+        _one_thread(),
         ThreadPoolExecutor(1) as pool,
+        ThreadPoolExecutor(1) as hashing,
         bytes_bar(checkpoint.total_bytes, "writing") as bar,
         _HashedBeside(inputs, pool) as beside,
     ):
@@ -235,11 +239,26 @@ def _write_shards(
             if shard in done:
                 advance(sum(checkpoint.tensors[name].nbytes for name in names))
                 continue
-            done[shard] = _write_shard(checkpoint, names, partial / shard, advance)
+            done[shard] = _write_shard(checkpoint, names, partial / shard, hashing, advance)
             hashes |= done[shard]
             _write_durably(partial / _JOURNAL, _json(plan | {"shards": done}))
         beside.finish()
     return hashes
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread of PyTorch's: the sums beside it need the other cores.
+
+    Its blocks are too small to be shared anyway, and threads that wait for each other on busy
+    cores took three times the processor's time of one (measured).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _HashedBeside:
@@ -289,18 +308,26 @@ class _HashedBeside:
 
 
 def _write_shard(
-    checkpoint: Checkpoint, names: list[str], path: Path, on_bytes: Callable[[int], object]
+    checkpoint: Checkpoint,
+    names: list[str],
+    path: Path,
+    hashing: ThreadPoolExecutor,
+    on_bytes: Callable[[int], object],
 ) -> dict[str, str]:
     """Stream the named tensors into one file; return tensor name -> sha256."""
     hashes = {}
 
     def content(name: str) -> Iterator[memoryview]:
-        sha256 = hashlib.sha256()
+        sha256, under_way = hashlib.sha256(), None
         for block in checkpoint.blocks(name):
             data = raw_bytes(block)
-            sha256.update(data)
+            if under_way:
+                under_way.result()
+            under_way = hashing.submit(sha256.update, data)  # while the next block is computed
             yield data
             on_bytes(len(data))
+        if under_way:
+            under_way.result()
         hashes[name] = sha256.hexdigest()
 
     specs = {name: checkpoint.tensors[name] for name in names}
