@@ -120,13 +120,24 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="[PART=]WHERE",
         help="a URL, hf:OWNER/REPO[@REVISION] or a directory; may be given several times",
     )
+    added.add_argument(
+        "--connections",
+        type=_positive,
+        default=4,
+        metavar="N",
+        help="at once for a large file, at most; default 4",
+    )
 
     added = command(
         "verify", _verify, "Compare every file of a directory with what is known of it."
     )
     added.add_argument("path", metavar="PATH", help="a directory, or a part's name")
     added.add_argument("--as", dest="as_name", metavar="NAME", help="the part it should be")
-    added.add_argument("--against", metavar="PATH", help="another directory to compare it with")
+    compared = added.add_mutually_exclusive_group()
+    compared.add_argument("--against", metavar="PATH", help="another directory to compare it with")
+    compared.add_argument(
+        "--fix", action="store_true", help="move misplaced files to their places, and say which"
+    )
     places(added)
     as_json(added)
 
@@ -260,7 +271,8 @@ def _models(options) -> int:
 def _download(options) -> int:
     from .course import download
 
-    for directory in download(options.name, options.models_dir, options.source):
+    made = download(options.name, options.models_dir, options.source, options.connections)
+    for directory in made:
         print(directory)
     return 0
 
@@ -268,7 +280,7 @@ def _download(options) -> int:
 def _verify(options) -> int:
     from .verification import verify
 
-    report = verify(options.path, options.as_name, options.models_dir, options.against)
+    report = verify(options.path, options.as_name, options.models_dir, options.against, options.fix)
     return _print_report(report, options.json)
 
 

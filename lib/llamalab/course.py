@@ -28,7 +28,10 @@ RESULTS = "application/vnd.llamalab.results+json"
 
 
 def download(
-    name: str, models_dir: str | os.PathLike = "", source: str | Sequence[str] = ()
+    name: str,
+    models_dir: str | os.PathLike = "",
+    source: str | Sequence[str] = (),
+    connections: int = transfer.CONNECTIONS,
 ) -> list[Path]:
     """Bring every part of a model, verified, to its place; the lab family over loopback HTTP.
 
@@ -36,6 +39,7 @@ def download(
         name: a model or a part of the catalogue.
         source: `[PART=]WHERE`, once or several times: a URL, `hf:OWNER/REPO[@REVISION]` or a
             directory.
+        connections: how many to use at once for one large file, at most.
 
     Returns:
         The parts' directories, the base's first.
@@ -44,7 +48,7 @@ def download(
     sources = [item for item in sources if item]
     from_lab = any(part.source == "lab" for part in catalog.parts_of(name))
     with mirror.lab_source() if from_lab else contextlib.nullcontext() as lab_url:
-        return transfer.download(name, models_dir, sources, lab_url=lab_url)
+        return transfer.download(name, models_dir, sources, lab_url, connections)
 
 
 @dataclass(frozen=True)

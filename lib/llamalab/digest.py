@@ -11,8 +11,10 @@ import json
 import os
 import re
 import struct
+import time
 import zipfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -35,27 +37,57 @@ class Row:
     cause: str = ""
 
 
+class Digests:
+    """Several digests of one stream of bytes; large blocks keep a thread for each of them busy.
+
+    `algorithms` are names that `hashlib.new` knows.
+    """
+
+    def __init__(self, algorithms: Iterable[str]):
+        self._hashers = {name: hashlib.new(name) for name in algorithms}
+        self._others = list(self._hashers.values())[1:]
+        self._pool = ThreadPoolExecutor(len(self._others)) if self._others else None
+
+    def update(self, block) -> None:
+        large = len(block) > BLOCK // 16  # else handing it over takes longer than the sum
+        pending = [self._pool.submit(h.update, block) for h in self._others] if large else []
+        for hasher in list(self._hashers.values())[: 1 if large else None]:
+            hasher.update(block)
+        for future in pending:
+            future.result()
+
+    def hexdigests(self) -> dict[str, str]:
+        """Return {algorithm: hexadecimal digest} of all the blocks so far."""
+        return {name: hasher.hexdigest() for name, hasher in self._hashers.items()}
+
+
 def hash_file(
     path: str | os.PathLike,
     algorithms: Iterable[str] = ("sha256",),
     on_bytes: Callable[[int], object] | None = None,
+    on_read: Callable[[float], object] | None = None,
 ) -> dict[str, str]:
     """Return {algorithm: hexadecimal digest} of a file, read once, 1 MiB at a time.
 
-    `algorithms` are names that `hashlib.new` knows; `on_bytes(count)` is called for each block.
+    `on_bytes(count)` is called for each block, `on_read(seconds)` with what reading it took.
     """
-    hashers = {name: hashlib.new(name) for name in algorithms}
+    digests = Digests(algorithms)
     block = memoryview(bytearray(BLOCK))
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
             # Read far ahead, in large pages: a tenth of the processor's time (measured).
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        while count := file.readinto(block):
-            for hasher in hashers.values():
-                hasher.update(block[:count])
+        while True:
+            start = time.perf_counter()
+            count = file.readinto(block)
+            seconds = time.perf_counter() - start
+            if not count:
+                return digests.hexdigests()
+            digests.update(block[:count])
             if on_bytes:
                 on_bytes(count)
-    return {name: hasher.hexdigest() for name, hasher in hashers.items()}
+            if on_read:
+                on_read(seconds)
 
 
 def inside(name: str) -> bool:
@@ -149,13 +181,16 @@ def judge(
     facts: FileFacts,
     on_bytes: Callable[[int], object] | None = None,
     found: dict[str, str] | None = None,
+    on_read: Callable[[float], object] | None = None,
 ) -> Row:
     """Compare one file with what is published of it: the size first, then every known digest.
 
     `found` are digests of the file that are known already; else the file is read.
     """
     if not path.is_file():
-        return Row(name, "MISSING", cause=_arrived(path))
+        here = arrived(path)
+        cause = f"{here:,} bytes have arrived; the same download goes on from there."
+        return Row(name, "MISSING", cause=cause if here else "")
     size = path.stat().st_size
     if facts.size is not None and size != facts.size:
         cause = diagnose_bytes(path, facts) or ""
@@ -164,7 +199,8 @@ def judge(
     if not expected:
         cause = diagnose_bytes(path, facts)
         return Row(name, "WRONG" if cause else "UNKNOWN", "", f"{size:,} bytes", cause or "")
-    found = found or hash_file(path, expected, on_bytes)
+    if not found or not found.keys() >= expected.keys():
+        found = hash_file(path, expected, on_bytes, on_read)
     found = {algorithm: found[algorithm] for algorithm in expected}
     texts = [", ".join(f"{k} {v}" for k, v in digests.items()) for digests in (expected, found)]
     if found == expected:
@@ -172,11 +208,11 @@ def judge(
     return Row(name, "WRONG", *texts, diagnose_bytes(path, facts) or DAMAGED)
 
 
-def _arrived(path: Path) -> str:
+def arrived(path: Path) -> int:
+    """Return the bytes on the disk of the unfinished download of `path`; it may have holes."""
     partial = path.with_name(path.name + ".partial")
-    if not partial.exists():
-        return ""
-    return f"{partial.stat().st_size:,} bytes have arrived; the same download goes on from there."
+    status = partial.stat() if partial.is_file() else None
+    return min(status.st_size, status.st_blocks * 512) if status else 0
 
 
 def checklist_facts(directory: Path) -> tuple[dict[str, FileFacts], list[Row]]:

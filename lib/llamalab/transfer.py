@@ -1,50 +1,43 @@
 """Downloading: every file of a model comes to its place with the right bytes, or not at all.
 
-What arrives is kept in `<file>.partial`, with a note of where it came from in
-`<file>.partial.json`, so that the next run goes on where this one stopped. A file gets its
-final name only when size and digests are right. Ranges and validators: RFC 9110, 13 and 14.
+Workers, one a connection, fill the gaps of a `Partial`; the thread that called waits for them,
+hashes what has arrived and shows progress. A file gets its final name only when its size and
+every known digest are right. Ranges and validators: RFC 9110, sections 13 and 14.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
-import hashlib
 import itertools
-import json
 import logging
 import os
-import re
 import shutil
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import httpx
 
-from . import catalog, digest, places
+from . import answers, catalog, digest, estimate, places
 from .catalog import FileFacts, Part
-from .errors import DamagedFile, DownloadFailed, LabError, NotEnoughRoom, NotFound, UsageError
-from .progress import bytes_bar
+from .errors import DamagedFile, DownloadFailed, LabError, NotEnoughRoom, NotFound
+from .estimate import size_text
+from .partial import Abandoned, Gap, Partial, completed, locked
+from .progress import bytes_bar, say
+from .sources import NotHere, address, assign, cached, is_remote, shown
 
 ATTEMPTS = 6  # in a row that bring nothing new, before we give up
 STALL_SECONDS = 30.0  # silence after which a connection counts as dead
 BACK_OFF_SECONDS = 1.0  # doubles with every attempt
 LONGEST_WAIT = 60.0  # seconds; also bounds what a server may ask for with Retry-After
+CONNECTIONS = 4  # at once for one large file, where the server gives parts of it
+PIECE = 32 << 20  # bytes that a connection takes on; more than one is worth it from two pieces on
 
 
 _certificates = functools.cache(httpx.create_ssl_context)  # reading them takes a while
-
-
-class _NotHere(Exception):
-    """There is no such file; another form of its path may be tried. `failure` says more."""
-
-    def __init__(self, failure: LabError | None = None):
-        super().__init__()
-        self.failure = failure
 
 
 class _Again(Exception):
@@ -55,11 +48,16 @@ class _Again(Exception):
         self.wait = wait
 
 
+class _OtherVersion(Exception):
+    """What the server sends does not go with what is here: the file has to be begun anew."""
+
+
 def download(
     name: str,
     models_dir: str | os.PathLike = "",
     sources: Iterable[str] = (),
     lab_url: str | None = None,
+    connections: int = CONNECTIONS,
 ) -> list[Path]:
     """Bring every part of `name`, a model or a part, to its directory; return the directories.
 
@@ -67,6 +65,7 @@ def download(
         sources: `[PART=]WHERE`; WHERE is an http(s) URL, `hf:OWNER/REPO[@REVISION]` or a
             directory. Without `PART=` it is for every part that has no default source.
         lab_url: where the parts lie whose default source is "lab".
+        connections: how many to use at once for one large file, at most.
 
     Files that are there and right are kept. `WHERE/PART/FILE` is tried, then `WHERE/FILE`,
     then the file's bare name.
@@ -75,51 +74,29 @@ def download(
         UsageError, NotFound, DamagedFile, DownloadFailed, NotEnoughRoom: nothing wrong is kept.
     """
     parts = catalog.parts_of(name)
-    wheres = _assign(parts, [sources] if isinstance(sources, str) else sources, lab_url)
-    return [
-        _bring(part, places.part_directory(part.name, models_dir), wheres[part.name], name)
-        for part in parts
-    ]
+    wheres = assign(parts, [sources] if isinstance(sources, str) else sources, lab_url)
+    root = places.models_directory(models_dir)
+    needed = sum(_needed(part, root / part.name) for part in parts if wheres[part.name])
+    if needed > 0:
+        free = size_text(_require_room(root, needed))
+        say(f"{name}: {size_text(needed)} to download to '{root}', where {free} are free.")
+    return [_bring(part, root / part.name, wheres[part.name], name, connections) for part in parts]
 
 
-def _assign(
-    parts: tuple[Part, ...], sources: Iterable[str], lab_url: str | None
-) -> dict[str, list[str]]:
-    """Return {part name: its sources, to be tried in order}."""
-    wheres: dict[str, list[str]] = {part.name: [] for part in parts}
-    for source in sources:
-        head, equals, tail = source.partition("=")
-        named = bool(equals) and re.fullmatch(r"[\w.-]+", head) is not None
-        if named and head not in wheres:
-            known = ", ".join(wheres)
-            raise UsageError(f"'{head}' is not a part of it.", f"The parts are {known}.")
-        where = tail if named else source
-        if not re.match(r"https?://[^/]|hf:[\w.-]+/[\w.-]+(@.+)?$", where):
-            if re.match(r"[\w+.-]+://|hf:", where):
-                scheme = where.partition(":")[0]
-                raise UsageError(
-                    f"A source that begins with '{scheme}:' cannot be read.",
-                    "Only http:// and https:// addresses, hf:OWNER/REPO and directories can.",
-                )
-            if not Path(where).expanduser().is_dir():
-                raise NotFound(f"There is no directory '{where}'.", "It was given as a source.")
-        takers = [head] if named else [part.name for part in parts if part.source is None]
-        if not takers:
-            raise UsageError(
-                f"The source {_shown(where)} is for no part.",
-                "Every part has a default source, which only a named one replaces.",
-                f"Write it as {parts[0].name}=WHERE to replace that of {parts[0].name}.",
-            )
-        for taker in takers:
-            wheres[taker].append(where)
-    for part in parts:
-        default = lab_url if part.source == "lab" else part.source
-        if default and not wheres[part.name]:
-            wheres[part.name].append(default)
-    return wheres
+def _needed(part: Part, directory: Path) -> int:
+    """Return the bytes that are still to come, an adapter's weights by arithmetic."""
+    total = 0
+    for name, facts in part.files.items():
+        path, size = directory / name, facts.size
+        base = catalog.parts().get(part.base)
+        if size is None and base and name.startswith("adapter_model"):
+            size = estimate.adapter_bytes(part, base.shape)
+        if not path.is_file() or facts.size not in (None, path.stat().st_size):
+            total += max(0, (size or 0) - digest.arrived(path))
+    return total
 
 
-def _bring(part: Part, directory: Path, wheres: list[str], asked: str) -> Path:
+def _bring(part: Part, directory: Path, wheres: list[str], asked: str, connections: int) -> Path:
     """Bring the files of one part; those that are there and right are left alone."""
     if not part.files:
         raise NotFound(f"The catalogue lists no file of '{part.name}'.")
@@ -128,16 +105,22 @@ def _bring(part: Part, directory: Path, wheres: list[str], asked: str) -> Path:
     lists = [name for name in part.files if name.endswith("checklist.chk")]
     total = sum(facts.size or 0 for facts in part.files.values())
     with bytes_bar(total or None, part.name) as bar:
-        for names in (lists, [name for name in part.files if name not in lists]):
+
+        def wrong(names: Iterable[str], advance=None) -> dict:
             known = {name: _known(part, name, directory) for name in names}
-            rows = [digest.judge(directory / n, n, known[n], bar.update) for n in names]
-            wanted = [row.file for row in rows if row.status in ("MISSING", "WRONG")]
-            if wanted and not wheres:
+            rows = [digest.judge(directory / n, n, known[n], advance) for n in known]
+            return {r.file: known[r.file] for r in rows if r.status in ("MISSING", "WRONG")}
+
+        for names in (lists, [name for name in part.files if name not in lists]):
+            wanted = wrong(names, bar.update)
+            if not wanted:
+                continue
+            if not wheres:
                 raise _no_source(part, directory, asked)
-            arrived = sum(_size(directory / f"{name}.partial") for name in wanted)
-            _require_room(directory, sum(known[name].size or 0 for name in wanted) - arrived)
-            for name in wanted:
-                _bring_file(directory / name, name, known[name], wheres, forms, bar)
+            with locked(directory):
+                # Once more: another process may have brought them while we waited for the lock.
+                for name, facts in wrong(wanted).items():
+                    _bring_file(directory / name, name, facts, wheres, forms, bar, connections)
     return directory
 
 
@@ -156,18 +139,23 @@ def _known(part: Part, name: str, directory: Path) -> FileFacts:
     return replace(facts, md5=facts.md5 or md5)
 
 
-def _bring_file(target: Path, name: str, facts: FileFacts, wheres: list[str], forms, bar) -> None:
+def _bring_file(target: Path, name: str, facts: FileFacts, wheres, forms, bar, connections) -> None:
     """Try every source, and in each every form of the path, the one that worked last first."""
     failure: LabError | None = None
     target.parent.mkdir(parents=True, exist_ok=True)
     for where in wheres:
         for form in tuple(forms):
             try:
-                if re.match("https?://|hf:", where):
-                    _fetch(*_address(where, form(name)), target, name, facts, bar)
+                place, local = form(name), None
+                if not is_remote(where):
+                    local = Path(where).expanduser() / place
+                elif where.startswith("hf:"):
+                    local = cached(where, place)
+                if local:
+                    _copy(local, target, name, facts, bar)
                 else:
-                    _copy(Path(where).expanduser() / form(name), target, name, facts, bar)
-            except _NotHere as error:
+                    _fetch(*address(where, place), target, name, facts, bar, connections)
+            except NotHere as error:
                 failure = failure or error.failure
             except DamagedFile as error:
                 failure = failure or error  # a page in place of a "404", perhaps
@@ -175,238 +163,216 @@ def _bring_file(target: Path, name: str, facts: FileFacts, wheres: list[str], fo
                 forms.insert(0, forms.pop(forms.index(form)))
                 return
     raise failure or NotFound(
-        f"'{name}' was not found in {' or '.join(map(_shown, wheres))}.",
+        f"'{name}' was not found in {' or '.join(map(shown, wheres))}.",
         f"'{forms[0](name)}' was tried there, and the shorter forms of that path.",
         "Give the address of the directory that holds the file, as --source PART=WHERE.",
     )
 
 
-def _address(where: str, place: str) -> tuple[str, dict[str, str]]:
-    """Return the URL of `place` in a source, and the headers that go with it."""
-    if where.startswith("hf:"):
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
-
-        repository, _, revision = where.removeprefix("hf:").partition("@")
-        headers = build_hf_headers(library_name="llamalab")
-        return hf_hub_url(repository, place, revision=revision or None), headers
-    parts = urlsplit(where)
-    return parts._replace(path=f"{parts.path.rstrip('/')}/{quote(place)}", fragment="").geturl(), {}
-
-
-def _shown(where: str) -> str:
-    """Return a source or URL without what may be secret: user, password and query."""
-    if not where.startswith(("http://", "https://")):
-        return where
-    parts = urlsplit(where)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
 def _copy(source: Path, target: Path, name: str, facts: FileFacts, bar) -> None:
+    """Take a local file over, as a second name of the same bytes where that can be."""
     if not source.is_file():
-        raise _NotHere()
-    partial = _Partial(target, str(source), facts)
+        raise NotHere()
+    partial = Partial(target, str(source), facts)
     partial.restart()
-    _require_room(target.parent, source.stat().st_size)
     try:
-        os.link(source.resolve(), partial.path)  # no second copy on the same disk
+        os.link(source.resolve(), partial.path)
     except OSError:
+        _require_room(target.parent, source.stat().st_size)
         shutil.copyfile(source, partial.path)
-    _accept(partial, target, name, None, bar)
+    _accept(partial, target, name, bar)
 
 
-class _Partial:
-    """A file on its way: how many bytes are here, their digests so far, and whose they are."""
-
-    def __init__(self, target: Path, url: str, facts: FileFacts):
-        self.path = target.with_name(target.name + ".partial")
-        self.note = target.with_name(target.name + ".partial.json")
-        self.url, self.facts = _shown(url), facts
-        self._begin(None, None)
-        try:
-            held = json.loads(self.note.read_text(encoding="utf-8"))
-            # Without a validator or digest nobody could tell two versions in one file.
-            trusted = held["url"] == self.url and (held["etag"] or facts.md5 or facts.sha256)
-            if not trusted or not self.path.is_file():
-                raise ValueError
-        except (OSError, ValueError, KeyError, TypeError):
-            return  # what is here, of another source perhaps, goes when the first byte comes
-        self._begin(held["etag"], held["size"])
-        with open(self.path, "rb") as file:
-            while block := file.read(digest.BLOCK):
-                self._count(block)
-
-    def _begin(self, etag: str | None, size: int | None) -> None:
-        self.have, self.etag, self.size, self.joined = 0, etag, size, False
-        self.hashers = {k: hashlib.new(k) for k in ("md5", "sha256") if getattr(self.facts, k)}
-
-    def _count(self, block: bytes) -> None:
-        self.have += len(block)
-        for hasher in self.hashers.values():
-            hasher.update(block)
-
-    def restart(self) -> int:
-        """Forget what is here; return how many bytes that were."""
-        lost = self.have
-        # Removed, never emptied: the name may be a hard link to a file of the reader's.
-        self.path.unlink(missing_ok=True)
-        self.note.unlink(missing_ok=True)
-        self._begin(None, None)
-        return lost
-
-    def write_note(self) -> None:
-        """Say on disk, before the bytes come, where they come from."""
-        text = json.dumps({"url": self.url, "etag": self.etag, "size": self.size})
-        unfinished = self.note.with_name(self.note.name + ".new")
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, self.note)
-
-    def write(self, file, block: bytes) -> None:
-        try:
-            file.write(block)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise NotEnoughRoom(
-                    f"The disk is full at '{self.path}'.", "", "Make room and run this again."
-                ) from None
-            raise
-        self._count(block)
-
-
-def _fetch(url: str, headers: dict, target: Path, name: str, facts: FileFacts, bar) -> None:
-    """Stream a URL to its place, over as many connections in a row as it takes."""
+def _fetch(url: str, headers: dict, target: Path, name: str, facts, bar, connections: int) -> None:
+    """Bring the file at a URL to its place, begun anew as often as the server changes it."""
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole addresses, secrets too
     # A proxy that is set for the outside world cannot reach this machine's own loopback.
     own = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
     timeout = httpx.Timeout(STALL_SECONDS)
-    partial = _Partial(target, url, facts)
-    bar.update(partial.have)
+    partial = Partial(target, shown(url), facts)
     furthest, fruitless, last_try = partial.have, 0, False
     options = {"verify": _certificates(), "follow_redirects": True, "trust_env": not own}
     with httpx.Client(timeout=timeout, **options) as client:
+        request = functools.partial(_attempt, client, url, headers, partial, name)
         while True:
+            before = bar.n
             try:
-                _attempt(client, url, headers, partial, name, bar)
-            except (httpx.UnsupportedProtocol, httpx.TooManyRedirects, httpx.InvalidURL) as error:
-                raise DownloadFailed(f"{_shown(url)} cannot be fetched.", f"{error}.") from None
-            except (_Again, httpx.TransportError) as error:
+                _receive(request, partial, url, bar, connections)
+            except _OtherVersion as error:
                 fruitless = 0 if partial.have > furthest else fruitless + 1
                 furthest = max(furthest, partial.have)
                 if fruitless >= ATTEMPTS:
-                    raise DownloadFailed(
-                        f"{_shown(url)} could not be fetched: {str(error) or type(error).__name__}.",
-                        f"{ATTEMPTS} attempts in a row brought nothing new.",
-                        f"{partial.have:,} bytes are kept; run the same command to go on from there.",
-                    ) from None
-                asked = getattr(error, "wait", None)
-                wait = BACK_OFF_SECONDS * 2**fruitless if asked is None else asked
-                time.sleep(min(wait, LONGEST_WAIT))
-                continue
-            found = {k: hasher.hexdigest() for k, hasher in partial.hashers.items()}
-            joined, have = partial.joined, partial.have
-            try:
-                return _accept(partial, target, name, found, bar)
-            except DamagedFile:
-                # Pieces of two versions, perhaps: once more in one piece before we blame it.
-                if not joined or last_try:
-                    raise
-                bar.update(-have)
-                last_try = True
+                    raise _gave_up(url, error, partial) from None
+            except KeyboardInterrupt:
+                say(
+                    f"{partial.have:,} bytes of '{name}' are kept; the same download goes on there."
+                )
+                raise
+            else:
+                try:
+                    return _accept(partial, target, name, bar)
+                except DamagedFile:
+                    # Pieces of two versions, perhaps: once more in one piece before we blame it.
+                    if not partial.joined or last_try:
+                        raise
+                    last_try = True
+            partial.restart()
+            bar.update(before - bar.n)
+            connections = 1
 
 
-def _attempt(client, url: str, headers: dict, partial: _Partial, name: str, bar) -> None:
-    """Send one request and keep what comes; on return the file is complete.
+def _receive(request, partial: Partial, url: str, bar, connections: int) -> None:
+    """Fill every gap of `partial`, over several connections where that is of use.
+
+    The first worker's failures are the download's. Any other may fail without harm: it gives
+    its gap back, and what it met the first will meet, too.
+    """
+    failures: list[BaseException] = []
+    moved, seen = threading.Event(), 0
+
+    def work(first: bool) -> None:
+        try:
+            _work(request, partial, url, PIECE if connections > 1 else None)
+        except Abandoned:
+            pass
+        except BaseException as error:  # it belongs to the thread that waits for us
+            if first or isinstance(error, (NotEnoughRoom, _OtherVersion)):
+                failures.append(error)
+        finally:
+            moved.set()
+
+    def start(first: bool) -> threading.Thread:
+        # A daemon: one that waits for a silent server keeps nobody from leaving.
+        thread = threading.Thread(target=work, args=(first,), daemon=True)
+        thread.start()
+        return thread
+
+    threads = [start(True)]
+    try:
+        while partial.gaps and not failures:
+            if not partial.follow():
+                moved.wait(0.02)
+                moved.clear()
+            bar.update(partial.have - seen)
+            seen = partial.have
+            alive = [thread for thread in threads if thread.is_alive()]
+            if not alive and partial.gaps and not failures:
+                threads = [start(True)]
+            elif len(threads) < connections and partial.size and len(partial.gaps) > len(threads):
+                threads.append(start(False))
+        while not failures and partial.follow():
+            pass
+        bar.update(partial.have - seen)
+        if failures:
+            raise failures[0]
+    except BaseException:
+        partial.stop()
+        raise
+
+
+def _work(request, partial: Partial, url: str, piece: int | None) -> None:
+    """Fill one gap after another, and try again where another attempt may help."""
+    fruitless = 0
+    while gap := partial.take(piece):
+        before = gap.start
+        try:
+            request(gap, piece)
+            fruitless = 0
+            continue
+        except (httpx.UnsupportedProtocol, httpx.TooManyRedirects, httpx.InvalidURL) as error:
+            raise DownloadFailed(f"{shown(url)} cannot be fetched.", f"{error}.") from None
+        except (_Again, httpx.RequestError) as error:
+            fruitless = 0 if gap.start > before else fruitless + 1
+            if fruitless >= ATTEMPTS:
+                raise _gave_up(url, error, partial) from None
+            asked = getattr(error, "wait", None)
+        finally:
+            partial.give_back(gap)
+        time.sleep(min(BACK_OFF_SECONDS * 2**fruitless if asked is None else asked, LONGEST_WAIT))
+
+
+def _attempt(client, url, headers, partial: Partial, name: str, gap: Gap, piece: int | None):
+    """Send one request and keep what comes; on return the gap is filled.
 
     Raises:
-        _Again, httpx.TransportError: worth another attempt.
+        _Again, httpx.RequestError: worth another attempt.
+        _OtherVersion: what comes does not go with what is here.
         DamagedFile: the server offers something else; what has arrived before is kept.
     """
-    facts = partial.facts
-    if partial.have and partial.have == (facts.size or partial.size):
-        return  # the last run ended between the last byte and the new name
     ask = headers | {"Accept-Encoding": "identity"}
-    if partial.have:
-        ask["Range"] = f"bytes={partial.have}-"
+    if gap.start or gap.stop != partial.size:
+        last = "" if gap.stop == partial.size else gap.stop - 1
+        ask["Range"] = f"bytes={gap.start}-{last}"
         ask |= {"If-Range": partial.etag} if partial.etag else {}
     with client.stream("GET", url, headers=ask) as response:
-        status, etag = response.status_code, _validator(response)
-        total = _total(response, url)
-        if status == 416 and total == partial.have:
-            return
-        span = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-        other_part = status == 206 and (not span or int(span[1]) != partial.have)
-        other_version = status == 206 and (
-            (etag and partial.etag and etag != partial.etag)
-            or (total and partial.size and total != partial.size)
-        )
-        if status == 416 or other_part or other_version:
-            bar.update(-partial.restart())
-            raise _Again("the server sent another part than the one asked for")
-        chunks = response.iter_raw()
+        etag, promise = answers.validator(response), answers.promised(response)
+        encoded = response.headers.get("Content-Encoding", "identity") != "identity"
+        _require_answer(response, url)
+        total = None if encoded else answers.total(response)
+        if response.status_code == 416 and total == gap.start and partial.size in (None, total):
+            return partial.finish(gap)
+        start = answers.start(response)
+        chunks = response.iter_bytes() if encoded else response.iter_raw()
         first = next(chunks, b"")
-        if status == 200:
-            cause = digest.diagnose_head(first, name)
-            if not cause and facts.size and total is not None and total != facts.size:
-                cause = f"The server has {total:,} bytes; {facts.size:,} are published."
-            if cause:
-                raise _refused(name, url, cause)
-        if status == 200 or not partial.have:
-            bar.update(-partial.restart())
-        _require_room(partial.path.parent, (total or 0) - partial.have)
-        partial.joined = partial.have > 0
-        partial.etag, partial.size = etag, total
-        partial.write_note()
-        with open(partial.path, "ab", buffering=0) as file:
-            for block in itertools.chain([first], chunks):
-                partial.write(file, block)
-                bar.update(len(block))
-    if total is not None and partial.have != total:
-        if partial.have > total:
-            bar.update(-partial.restart())
+        cause = digest.diagnose_head(first, name) if start == 0 else None
+        cause = cause or answers.contradiction(partial.facts, promise)
+        if response.status_code == 200:
+            announced = completed(FileFacts(total), promise)
+            cause = cause or answers.contradiction(partial.facts, announced)
+            cause = cause or answers.contradiction(promise, FileFacts(total))
+        if cause:
+            raise _refused(name, url, cause)
+        changed = partial.have and (
+            (etag and partial.etag and etag != partial.etag)
+            or (total is not None and partial.size is not None and total != partial.size)
+        )
+        if start != gap.start or changed or (encoded and response.status_code == 206):
+            raise _OtherVersion("the server sent another part than the one asked for")
+        size = total if total is not None else promise.size or partial.facts.size
+        _require_room(partial.path.parent, (size or 0) - partial.have)
+        partial.begin(gap, None if encoded else etag, size, promise)
+        parts = response.status_code == 206 or response.headers.get("Accept-Ranges") == "bytes"
+        if piece and parts and gap.stop is not None and gap.stop >= 2 * piece:
+            partial.share(gap, piece)
+        for block in itertools.chain([first], chunks):
+            if gap.start == gap.stop or partial.write(gap, block):
+                return
+    if gap.stop is not None:
         raise _Again("the connection was cut")
+    partial.finish(gap)
 
 
-def _total(response: httpx.Response, url: str) -> int | None:
-    """Return the size of the whole file by the answer's headers, or raise what the status means."""
+def _require_answer(response: httpx.Response, url: str) -> None:
+    """Raise what the answer's status means, unless it brings bytes or says that there are none."""
     status = response.status_code
     if status in (404, 410):
-        raise _NotHere()
+        raise NotHere()
     if status in (401, 403):
-        raise _NotHere(
+        raise NotHere(
             DownloadFailed(
-                f"{_shown(url)} was refused ({status}).",
+                f"{shown(url)} was refused ({status}).",
                 "The server wants to know who you are, or has no such file.",
                 "Set HF_TOKEN for a repository you have access to, or check the address.",
             )
         )
     if status in (408, 425, 429) or status >= 500:
-        raise _Again(f"the server answered {status}", _retry_after(response))
+        raise _Again(f"the server answered {status}", answers.retry_after(response))
     if status not in (200, 206, 416):
-        raise DownloadFailed(f"{_shown(url)} was answered with status {status}.")
-    header = "Content-Length" if status == 200 else "Content-Range"
-    size = response.headers.get(header, "").rpartition("/")[2]
-    return int(size) if size.isdecimal() else None
+        raise DownloadFailed(f"{shown(url)} was answered with status {status}.")
 
 
-def _validator(response: httpx.Response) -> str | None:
-    """Return what names this version of the file; a weak ETag does not (RFC 9110, 13.1.5)."""
-    etag = response.headers.get("ETag")
-    return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
+def _gave_up(url: str, error: Exception, partial: Partial) -> DownloadFailed:
+    return DownloadFailed(
+        f"{shown(url)} could not be fetched: {str(error) or type(error).__name__}.",
+        f"{ATTEMPTS} attempts in a row brought nothing new.",
+        f"{partial.have:,} bytes are kept; run the same command to go on from there.",
+    )
 
 
-def _retry_after(response: httpx.Response) -> float | None:
-    """Return the seconds that the server asks to wait; the header is a number or a date."""
-    text = response.headers.get("Retry-After", "")
-    if text.isdecimal():
-        return float(text)
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return None
-
-
-def _accept(partial: _Partial, target: Path, name: str, found: dict | None, bar) -> None:
+def _accept(partial: Partial, target: Path, name: str, bar) -> None:
     """Give a complete file its final name if its bytes are right; else remove it."""
+    found = partial.digests()
+    partial.close()
     try:
         row = digest.judge(partial.path, name, partial.facts, bar.update, found)
         if row.status == "WRONG":
@@ -414,7 +380,8 @@ def _accept(partial: _Partial, target: Path, name: str, found: dict | None, bar)
         if name.endswith("checklist.chk"):
             digest.read_checklist(partial.path)
     except DamagedFile:
-        partial.restart()
+        partial.path.unlink(missing_ok=True)
+        partial.note.unlink(missing_ok=True)
         raise
     with open(partial.path, "rb") as file:
         os.fsync(file.fileno())
@@ -428,7 +395,7 @@ def _refused(name: str, source: str, cause: str, row: digest.Row | None = None) 
         expected, found = row.expected.split(", ")[0], row.found.split(", ")[0]
         cause = f"{cause} Expected {expected}; found {found}."
     return DamagedFile(
-        f"'{name}' from {_shown(source)} is not the published file, and was not kept.",
+        f"'{name}' from {shown(source)} is not the published file, and was not kept.",
         cause,
         "Try again; if it stays so, the source is at fault: give another with --source PART=WHERE.",
     )
@@ -451,17 +418,15 @@ def _no_source(part: Part, directory: Path, asked: str) -> NotFound:
     )
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
-def _require_room(directory: Path, needed: int) -> None:
+def _require_room(directory: Path, needed: int) -> int:
+    """Return the bytes that are free at `directory`, which may not exist yet."""
     while not directory.exists():
         directory = directory.parent
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise NotEnoughRoom(
-            f"{needed / 1e9:.1f} GB are needed at '{directory}', and {free / 1e9:.1f} GB are free.",
+            f"{size_text(needed)} are needed at '{directory}', and {size_text(free)} are free.",
             "",
             "Make room, or choose another directory with --models-dir.",
         )
+    return free
