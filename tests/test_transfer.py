@@ -2,23 +2,20 @@
 
 import errno
 import hashlib
-import io
 import json
 import os
 import signal
 import subprocess
-import sys
-import textwrap
 import time
-import zipfile
 from collections import namedtuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llamalab import catalog, partial, transfer
-from llamalab.catalog import FileFacts, Model, Part
+import served
+from llamalab import partial, transfer
+from llamalab.catalog import FileFacts
 from llamalab.errors import (
     DamagedFile,
     DownloadFailed,
@@ -28,81 +25,21 @@ from llamalab.errors import (
     UsageError,
 )
 from llamalab.mirror import PAGE, Fault, serve
+from served import (
+    BIG,
+    CHECKLIST,
+    CONTENT,
+    PARAMS,
+    SHA256,
+    WEIGHTS,
+    accepted,
+    archive,
+    child,
+    lay_out,
+    whole,
+)
 
-
-def archive(size: int) -> bytes:
-    """Return a zip archive of `size` random bytes and a little more, as PyTorch's files are."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        blocks = (hashlib.sha256(i.to_bytes(8, "little")).digest() for i in range(size // 32))
-        file.writestr("consolidated/data/0", b"".join(blocks))
-    return buffer.getvalue()
-
-
-WEIGHTS, PARAMS, TOKENIZER = archive(300_000), b'{"dim": 8}\n', b"\n\x0e\n\x05<unk>"
-CHECKLIST = f"{hashlib.md5(PARAMS).hexdigest()}  params.json\n".encode()
-CONTENT = {
-    "S/checklist.chk": CHECKLIST,
-    "S/consolidated.00.pth": WEIGHTS,
-    "S/params.json": PARAMS,
-    "tokenizer.model": TOKENIZER,
-}
-BIG = "tiny/S/consolidated.00.pth"
-
-Set = namedtuple("Set", "served models download url log faults")
-
-
-def facts(content: bytes) -> FileFacts:
-    md5, sha256 = (hashlib.new(k, content).hexdigest() for k in ("md5", "sha256"))
-    return FileFacts(len(content), md5, sha256)
-
-
-@pytest.fixture
-def tables(monkeypatch):
-    """A catalogue of one base, of which two digests are known, and one adapter."""
-    files = {name: FileFacts() for name in CONTENT}
-    files["S/consolidated.00.pth"] = facts(WEIGHTS)
-    files["tokenizer.model"] = FileFacts(sha256=hashlib.sha256(TOKENIZER).hexdigest())
-    parts = {
-        "tiny": Part("tiny", "base", files, vocab=8),
-        "tiny-lora": Part("tiny-lora", "adapter", {"a.json": FileFacts()}, 8, source="hf:me/lora"),
-    }
-    models = {"tiny-model": Model("tiny-model", parts["tiny"], (parts["tiny-lora"],))}
-    monkeypatch.setattr(catalog, "_tables", lambda: (parts, models))
-    return parts
-
-
-def lay_out(folder, content=CONTENT):
-    for name, data in content.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def whole(models, part="tiny") -> bool:
-    """Whether the part holds exactly the published bytes, and nothing else."""
-    files = {p for p in (models / part).rglob("*") if p.is_file()}
-    return {p.relative_to(models / part).as_posix(): p.read_bytes() for p in files} == CONTENT
-
-
-def accepted(models) -> set[str]:
-    """The names of the files that have got their final name."""
-    files = {p.name for p in models.rglob("*") if p.is_file()} if models.exists() else set()
-    return {name for name in files if ".partial" not in name}
-
-
-@pytest.fixture
-def loop(tables, tmp_path, monkeypatch):
-    """A mirror that serves the part "tiny", and a download from it."""
-    monkeypatch.setattr(transfer, "BACK_OFF_SECONDS", 0.001)
-    monkeypatch.setattr(transfer, "STALL_SECONDS", 0.5)
-    served, models, log, faults = lay_out(tmp_path / "served" / "tiny"), tmp_path / "models", [], {}
-    with serve(served.parent, faults, log) as url:
-
-        def download(source=url, name="tiny"):
-            return transfer.download(name, models, [source])
-
-        yield Set(served, models, download, url, log, faults)
+tables, loop = pytest.fixture(served.tables), pytest.fixture(served.loop)
 
 
 def ranges(log, path=BIG):
@@ -571,29 +508,12 @@ def test_names_cannot_leave_the_directory(loop, tables):
 
 # --- real processes ----------------------------------------------------------------------------
 
-CHILD = """
-    import sys
-    from llamalab import catalog, partial, transfer
-    from llamalab.catalog import FileFacts, Part
-    sha256, url, models, name = sys.argv[1:]
-    part = Part("tiny", "base", {name: FileFacts(sha256=sha256)}, vocab=8)
-    catalog._tables = lambda: ({"tiny": part}, {})
-    transfer.download("tiny", models, [url])
-"""
-
-
-def child(content, *arguments, **environment):
-    """Start a process that downloads one file of the part "tiny"."""
-    command = [sys.executable, "-c", textwrap.dedent(CHILD), hashlib.sha256(content).hexdigest()]
-    command += map(str, arguments)
-    return subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE)
-
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_in_the_middle_and_resumed(loop, how):
     name = "S/consolidated.00.pth"
     loop.faults[BIG] = Fault(stall_after=200_000)
-    process = child(WEIGHTS, loop.url, loop.models, name)
+    process = child(SHA256, loop.url, loop.models, name)
     partial = loop.models / f"{BIG}.partial"
     while process.poll() is None and not (partial.exists() and partial.stat().st_size == 200_000):
         time.sleep(0.01)
@@ -601,7 +521,7 @@ def test_killed_in_the_middle_and_resumed(loop, how):
     process.communicate(timeout=30)
     assert process.returncode != 0 and accepted(loop.models) == set()
     loop.faults.clear()
-    again = child(WEIGHTS, loop.url, loop.models, name)
+    again = child(SHA256, loop.url, loop.models, name)
     assert again.communicate(timeout=60) and again.returncode == 0
     assert (loop.models / BIG).read_bytes() == WEIGHTS
     assert ranges(loop.log) == [("", 200), ("bytes=200000-", 206)]
@@ -615,7 +535,7 @@ def test_a_hub_repository_by_endpoint_and_token(loop, tmp_path):
     with serve(tmp_path / "store", log=elsewhere_log) as store:
         with serve(tmp_path / "hub", {path: Fault(redirect=f"{store}/blob")}, log) as hub:
             settings = {"HF_ENDPOINT": hub, "HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path / "h")}
-            process = child(WEIGHTS, "hf:me/repo@v1", loop.models, "w.pth", **settings)
+            process = child(SHA256, "hf:me/repo@v1", loop.models, "w.pth", **settings)
             _, messages = process.communicate(timeout=60)
     assert process.returncode == 0, messages.decode()
     assert (loop.models / "tiny" / "w.pth").read_bytes() == WEIGHTS
