@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import namedtuple
 
@@ -527,24 +528,84 @@ def test_killed_in_the_middle_and_resumed(loop, how):
     assert ranges(loop.log) == [("", 200), ("bytes=200000-", 206)]
 
 
-def test_a_hub_repository_by_endpoint_and_token(loop, tmp_path):
-    """The Hub's own URL and header building, and no token for the host that it redirects to."""
-    path, log, elsewhere_log = "me/repo/resolve/v1/w.pth", [], []
-    lay_out(tmp_path / "hub", {path: b""})
+HUB_FILE = "me/repo/resolve/v1/w.pth"
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub that leads to another host for large files: its faults, both logs, its environment."""
+    lay_out(tmp_path / "hub", {HUB_FILE: b""})
     lay_out(tmp_path / "store", {"blob": WEIGHTS})
-    with serve(tmp_path / "store", log=elsewhere_log) as store:
-        with serve(tmp_path / "hub", {path: Fault(redirect=f"{store}/blob")}, log) as hub:
-            settings = {"HF_ENDPOINT": hub, "HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path / "h")}
-            process = child(SHA256, "hf:me/repo@v1", loop.models, "w.pth", **settings)
-            _, messages = process.communicate(timeout=60)
-    assert process.returncode == 0, messages.decode()
-    assert (loop.models / "tiny" / "w.pth").read_bytes() == WEIGHTS
-    files = [r for r in log if r.path.startswith("me/")]
+    log, store_log, faults, store_faults = [], [], {}, {}
+    with serve(tmp_path / "store", store_faults, store_log) as store:
+        with serve(tmp_path / "hub", faults, log) as url:
+            promise = {"X-Linked-ETag": f'"{SHA256}"', "X-Linked-Size": str(len(WEIGHTS))}
+            promise["X-Repo-Commit"] = "a" * 40
+            faults[HUB_FILE] = Fault(redirect=f"{store}/blob", headers=promise)
+            settings = {"HF_ENDPOINT": url, "HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path / "h")}
+            yield Hub(faults, log, store_faults, store_log, settings)
+
+
+Hub = namedtuple("Hub", "faults log store_faults store_log settings")
+
+
+def from_hub(models, sha256, settings, code=0):
+    """Download `w.pth` of `hf:me/repo@v1` in a process of its own; return what it said."""
+    process = child(sha256, "hf:me/repo@v1", models, "w.pth", **settings)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == code, messages.decode()
+    assert b"hf_secret" not in messages
+    return messages.decode()
+
+
+def test_a_hub_repository_by_endpoint_and_token(hub, tmp_path):
+    """The Hub's own URL and header building, and no token for the host that it redirects to."""
+    from_hub(tmp_path / "models", SHA256, hub.settings)
+    assert (tmp_path / "models" / "tiny" / "w.pth").read_bytes() == WEIGHTS
+    files = [r for r in hub.log if r.path.startswith("me/")]
     assert [(r.path, r.status, r.with_credentials) for r in files] == [
         ("me/repo/resolve/v1/tiny/w.pth", 404, True),
-        (path, 302, True),
+        (HUB_FILE, 302, True),
     ]
-    assert [(r.status, r.with_credentials) for r in elsewhere_log] == [(200, False)]
+    assert [(r.status, r.with_credentials) for r in hub.store_log] == [(200, False)]
+
+
+def test_the_sha256_that_the_hub_promises_is_held_against_the_published_one(hub, tmp_path):
+    other = "0" * 64
+    assert other in from_hub(tmp_path / "models", other, hub.settings, code=1)
+    assert accepted(tmp_path / "models") == set()
+    assert len(hub.store_log) == 1  # looked at once, and not taken
+
+
+def test_the_token_is_stored_nowhere(hub, tmp_path):
+    hub.store_faults["blob"] = Fault(stall_after=200_000)
+    process = child(SHA256, "hf:me/repo@v1", tmp_path / "models", "w.pth", **hub.settings)
+    partial = tmp_path / "models" / "tiny" / "w.pth.partial"
+    while not (partial.exists() and partial.stat().st_size == 200_000):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    files = [path for path in (tmp_path / "models").rglob("*") if path.is_file()]
+    assert len(files) == 2 and not [path for path in files if b"hf_secret" in path.read_bytes()]
+
+
+def test_a_hub_cache_made_by_the_hubs_own_code(hub, tmp_path):
+    """Offline, what the cache holds is taken over and verified; what it does not is said."""
+    code = "import huggingface_hub as h; h.hf_hub_download('me/repo', 'w.pth', revision='v1')"
+    environment = os.environ | hub.settings
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    hub.log.clear()
+    offline = hub.settings | {"HF_HUB_OFFLINE": "1"}
+    from_hub(tmp_path / "models", SHA256, offline)
+    (blob,) = (tmp_path / "h" / "hub" / "models--me--repo" / "blobs").iterdir()
+    assert os.path.samefile(tmp_path / "models" / "tiny" / "w.pth", blob)
+    (tmp_path / "models" / "tiny" / "w.pth").unlink()
+    blob.write_bytes(WEIGHTS[:-1] + b"?")  # damaged in the cache: fetched, if that is allowed
+    assert "HF_HUB_OFFLINE" in from_hub(tmp_path / "models", SHA256, offline, code=1)
+    assert hub.log == []
+    assert "damaged" in from_hub(tmp_path / "models", SHA256, hub.settings)
+    assert (tmp_path / "models" / "tiny" / "w.pth").read_bytes() == WEIGHTS
+    assert blob.read_bytes() == WEIGHTS[:-1] + b"?"
 
 
 def test_negative_control_the_page_is_really_served(loop):

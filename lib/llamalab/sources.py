@@ -99,26 +99,30 @@ def _repository(where: str) -> tuple[str, str | None]:
 
 
 def cached(where: str, place: str) -> Path | None:
-    """Return the file `place` of a Hub repository where the Hub's own cache holds it.
-
-    Raises:
-        NotHere: it does not, and HF_HUB_OFFLINE forbids to ask the Hub.
-    """
-    from huggingface_hub import constants, try_to_load_from_cache
+    """Return the file `place` of a Hub repository where the Hub's own cache holds it, or None."""
+    from huggingface_hub import try_to_load_from_cache
 
     repository, revision = _repository(where)
     found = try_to_load_from_cache(repository, place, revision=revision)
-    if isinstance(found, str):
-        return Path(found)
+    return Path(found) if isinstance(found, str) else None
+
+
+def require_online(where: str, place: str) -> None:
+    """Stop before the Hub is asked, where HF_HUB_OFFLINE forbids that.
+
+    Raises:
+        NotHere: it does.
+    """
+    from huggingface_hub import constants
+
     if constants.HF_HUB_OFFLINE:
         raise NotHere(
             DownloadFailed(
-                f"'{place}' of {where} is not in the Hub cache.",
+                f"'{place}' of {where} is not in the Hub cache, or not whole.",
                 "HF_HUB_OFFLINE is set, so the Hub was not asked.",
                 "Unset HF_HUB_OFFLINE, or give a directory as --source PART=WHERE.",
             )
         )
-    return None
 
 
 def shown(where: str) -> str:

@@ -27,7 +27,7 @@ from .errors import DamagedFile, DownloadFailed, LabError, NotEnoughRoom, NotFou
 from .estimate import size_text
 from .partial import Abandoned, Gap, Partial, completed, locked
 from .progress import bytes_bar, say
-from .sources import NotHere, address, assign, cached, is_remote, shown
+from .sources import NotHere, address, assign, cached, is_remote, require_online, shown
 
 ATTEMPTS = 6  # in a row that bring nothing new, before we give up
 STALL_SECONDS = 30.0  # silence after which a connection counts as dead
@@ -144,17 +144,9 @@ def _bring_file(target: Path, name: str, facts: FileFacts, wheres, forms, bar, c
     failure: LabError | None = None
     target.parent.mkdir(parents=True, exist_ok=True)
     for where in wheres:
-        for form in tuple(forms):
+        for place, form in {form(name): form for form in forms}.items():
             try:
-                place, local = form(name), None
-                if not is_remote(where):
-                    local = Path(where).expanduser() / place
-                elif where.startswith("hf:"):
-                    local = cached(where, place)
-                if local:
-                    _copy(local, target, name, facts, bar)
-                else:
-                    _fetch(*address(where, place), target, name, facts, bar, connections)
+                _bring_from(where, place, target, name, facts, bar, connections)
             except NotHere as error:
                 failure = failure or error.failure
             except DamagedFile as error:
@@ -167,6 +159,20 @@ def _bring_file(target: Path, name: str, facts: FileFacts, wheres, forms, bar, c
         f"'{forms[0](name)}' was tried there, and the shorter forms of that path.",
         "Give the address of the directory that holds the file, as --source PART=WHERE.",
     )
+
+
+def _bring_from(where: str, place: str, target: Path, name: str, facts, bar, connections) -> None:
+    """Bring the file `place` of one source, out of the Hub's cache if it lies there."""
+    if not is_remote(where):
+        return _copy(Path(where).expanduser() / place, target, name, facts, bar)
+    if where.startswith("hf:"):
+        if held := cached(where, place):
+            try:
+                return _copy(held, target, name, facts, bar)
+            except DamagedFile:
+                say(f"'{place}' in the Hub cache is damaged; it is left there and fetched anew.")
+        require_online(where, place)
+    return _fetch(*address(where, place), target, name, facts, bar, connections)
 
 
 def _copy(source: Path, target: Path, name: str, facts: FileFacts, bar) -> None:
