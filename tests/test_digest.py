@@ -35,6 +35,19 @@ def test_hash_file_over_several_blocks(tmp_path, monkeypatch):
     assert digest.hash_file(tmp_path / "file", ["md5"]) == {"md5": MD5}
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 200_000), max_size=6))
+def test_several_digests_of_one_stream(sizes):
+    """Large blocks go to threads, small ones do not: the digests are those of hashlib."""
+    stream, content = digest.Digests(["md5", "sha256", "sha1"]), b""
+    for size in sizes:
+        block = bytes([size % 256]) * size
+        stream.update(block)
+        content += block
+    expected = {k: hashlib.new(k, content).hexdigest() for k in ("md5", "sha256", "sha1")}
+    assert stream.hexdigests() == expected
+
+
 names = st.text(st.characters(exclude_characters="\\:\0\n\r", codec="utf-8"), min_size=1)
 names = names.filter(lambda n: n.strip("/.") and n[0] != "/" and n[-1] != "/" and n != "-")
 names = names.filter(lambda n: ".." not in n.split("/"))

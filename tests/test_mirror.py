@@ -1,6 +1,7 @@
 """The mirror against plain clients: honest HTTP first, then each way of misbehaving."""
 
 import http.client
+import time
 import urllib.error
 import urllib.request
 
@@ -127,6 +128,60 @@ def test_each_answer_may_claim_a_new_version(folder):
     with serve(folder, {"part/file.bin": Fault(new_etag=True)}) as url:
         etags = {get(url + "/part/file.bin")[1]["ETag"] for _ in range(3)}
     assert len(etags) == 3
+
+
+def test_gzip_and_chunks_are_what_a_plain_client_reads(folder):
+    import gzip
+
+    faults = {"part/file.bin": Fault(gzip=True)}
+    with serve(folder, faults) as url:
+        _, headers, body = get(url + "/part/file.bin")
+        assert headers["Content-Encoding"] == "gzip" and gzip.decompress(body) == CONTENT
+        faults["part/file.bin"] = Fault(chunked=True, flip_at=3)
+        _, headers, body = get(url + "/part/file.bin")
+    assert headers["Content-Length"] is None and body == CONTENT[:3] + b"\2" + CONTENT[4:]
+
+
+def test_other_heads_than_the_truth(folder):
+    head = {"Content-Length": "", "ETag": 'W/"x"', "X-Linked-Size": "7"}
+    with serve(folder, {"part/file.bin": Fault(headers=head, surplus=5)}) as url:
+        _, headers, body = get(url + "/part/file.bin")
+    assert body == CONTENT + b"?????" and headers["Content-Length"] is None
+    assert (headers["ETag"], headers["X-Linked-Size"]) == ('W/"x"', "7")
+
+
+def test_a_length_that_is_promised_and_not_kept(folder):
+    head = {"Content-Length": str(len(CONTENT) + 9)}
+    with serve(folder, {"part/file.bin": Fault(headers=head)}) as url:
+        with pytest.raises(http.client.IncompleteRead):
+            get(url + "/part/file.bin")
+
+
+def test_a_reset_and_what_is_not_http(folder):
+    faults = {"part/file.bin": Fault(cut_after=300, reset=True)}
+    with serve(folder, faults) as url:
+        with pytest.raises((ConnectionResetError, http.client.IncompleteRead)):
+            get(url + "/part/file.bin")
+        faults["part/file.bin"] = Fault(garbage=b"hello\r\n\r\n")
+        with pytest.raises(http.client.BadStatusLine):
+            get(url + "/part/file.bin")
+
+
+def test_faults_of_parts_and_of_crowds(folder):
+    with serve(folder, {"part/file.bin": Fault(status=500, only_parts=True)}) as url:
+        assert get(url + "/part/file.bin")[0] == 200
+        assert get(url + "/part/file.bin", Range="bytes=0-")[0] == 500
+    with serve(folder, {"part/file.bin": Fault(at_once=0)}) as url:
+        assert get(url + "/part/file.bin")[0] == 503
+
+
+def test_a_rate_is_kept_by_each_connection(folder):
+    """The server's own log against the clock: never more than the rate, plus one block."""
+    log, rate = [], 20_000
+    with serve(folder, log=log, rate=rate) as url:
+        start = time.monotonic()
+        get(url + "/part/file.bin")
+        assert log[0].sent <= rate * (time.monotonic() - start) + rate / 50
 
 
 def test_the_log_says_what_was_asked(folder):

@@ -142,6 +142,89 @@ def test_against_another_directory(part, tmp_path):
     }
 
 
+@pytest.fixture
+def pair(made, tmp_path):
+    """Two directories of the same tensors, in one shard and in two, and a way to change one."""
+    from safetensors.torch import save_file
+
+    folder, tensors, _ = made
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "model.safetensors").unlink()
+
+    def write(tensors):
+        index = {name: f"model-{number}.safetensors" for number, name in enumerate(tensors)}
+        for name, file in index.items():
+            save_file({name: tensors[name]}, other / file)
+        (other / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+    write(tensors)
+    return folder, other, tensors, write
+
+
+def test_against_the_same_tensors_in_other_files(pair):
+    folder, other, *_ = pair
+    (other / "tokenizer.model").write_bytes(b"one more")
+    (folder / "tokenizer.model").write_bytes(b"one more")
+    result = verification.verify(folder, against=other)
+    assert statuses(result) == {"(tensors)": "OK", "config.json": "OK", "tokenizer.model": "OK"}
+    recorded = json.loads((folder / "llamalab.json").read_text())["tensor_digest"]
+    assert result.rows[0].found == f"tensors {recorded}" and result.ok
+
+
+def test_against_names_the_tensors_that_differ_and_by_how_much(pair):
+    folder, other, tensors, write = pair
+    changed = {name: tensor.clone() for name, tensor in tensors.items()}
+    changed["model.norm.weight"][1] += 0.5
+    changed["model.norm.weight"][2] -= 0.25
+    write(changed)
+    rows = {row.file: row for row in verification.verify(folder, against=other).rows}
+    assert rows["(tensors)"].cause == "1 of 2 tensors differ, model.norm.weight first."
+    assert rows["model.norm.weight"].cause == "2 of 3 values differ, by 0.5 at most."
+
+
+@pytest.mark.parametrize("value, gap", [("nan", "inf"), ("inf", "inf"), ("-0.0", "1")])
+def test_against_sees_what_subtraction_does_not(pair, value, gap):
+    folder, other, tensors, write = pair
+    tensors["model.norm.weight"][0] = float(value)
+    write(tensors)
+    rows = {row.file: row for row in verification.verify(folder, against=other).rows}
+    assert rows["model.norm.weight"].cause == f"1 of 3 values differ, by {gap} at most."
+    # On both sides it is the same value, a NaN as well.
+    assert verification.verify(other, against=other).rows[0].status == "OK"
+
+
+def test_against_other_shapes_dtypes_and_names(pair):
+    folder, other, tensors, write = pair
+    more = {name: tensor.float() for name, tensor in tensors.items()}
+    more["model.norm.weight"] = more["model.norm.weight"][:2].contiguous()
+    more["extra.weight"] = more["model.norm.weight"].clone()
+    write(more)
+    rows = {row.file: row for row in verification.verify(folder, against=other).rows}
+    assert rows["(tensors)"].cause.startswith("3 of 3 tensors differ")
+    embedding, norm = rows["model.embed_tokens.weight"], rows["model.norm.weight"]
+    assert (embedding.expected, embedding.found) == ("F32 4x3", "F16 4x3")
+    assert embedding.cause == "0 of 12 values differ, by 0 at most."
+    assert (norm.expected, norm.found) == ("F32 2", "F16 3")
+    assert (rows["extra.weight"].expected, rows["extra.weight"].found) == ("F32 2", "absent")
+
+
+def test_against_another_layout_says_to_convert(family):
+    result = verification.verify(family / "base", against=family / "base-hf")
+    assert "convert" in result.rows[0].cause and not result.ok
+
+
+def test_against_adapters_compares_files(family, tmp_path):
+    assert verification.verify(family / "llama-lora", against=family / "llama-lora").ok
+    assert not verification.verify(family / "llama-lora", against=family / "alpaca-lora").ok
+
+
+def test_its_speed_is_a_share_of_reading(part):
+    result = verification.verify(part)
+    assert result.bytes == len(WEIGHTS) + len(PARAMS) and 0 < result.read_share < 1
+    assert str(result).endswith(f"{result.read_share:.0%} of the plain read speed")
+    assert "plain read speed" in result._repr_html_()
+
+
 def test_it_shows_itself_as_text_json_and_html(part):
     (part / "a<b>.txt").write_text("x")
     result = verification.verify(part)

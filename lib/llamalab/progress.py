@@ -41,5 +41,9 @@ def bytes_bar(total: int | None, description: str) -> terminal_bar:
 
 def say(text: str) -> None:
     """Tell a person something beside the bar: under the cell, or on standard error."""
-    in_notebook = fitting_bar is not terminal_bar
-    terminal_bar.write(text, file=sys.stdout if in_notebook else sys.stderr)
+    if fitting_bar is not terminal_bar:
+        print(text)
+    elif sys.stderr.isatty():
+        terminal_bar.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr, flush=True)

@@ -305,4 +305,6 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[int, float]:
     else:
         changed = ours.float() != theirs.float()
     gaps = (ours[changed].double() - theirs[changed].double()).abs()
-    return len(gaps), float(gaps.nan_to_num(nan=math.inf).max()) if len(gaps) else 0.0
+    return len(gaps), float(gaps.nan_to_num(nan=math.inf, posinf=math.inf).max()) if len(
+        gaps
+    ) else 0.0
