@@ -114,6 +114,13 @@ CASES = {
     "gone": ([Fault(status=410)] * 99, "was not found"),
     "forbidden": ([Fault(status=403)] * 99, "HF_TOKEN"),
     "who are you": ([Fault(status=401)] * 99, "HF_TOKEN"),
+    "no content": ([Fault(status=204)] * 99, "status 204"),
+    "not modified": ([Fault(status=304)] * 99, "status 304"),
+    "gzip that explodes": ([Fault(gzip=True, headers={"Content-Encoding": "gzip, gzip"})], RIGHT),
+    "an encoding that nobody knows": (
+        [Fault(headers={"Content-Encoding": "llama"}, flip_at=9000)] * 99,
+        "bytes changed",
+    ),
     "payment required": ([Fault(status=402)] * 99, "status 402"),
     "another file's sha256": (
         [Fault(headers={"X-Linked-ETag": f'"{"0" * 64}"'})] * 99,

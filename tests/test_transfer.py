@@ -1,10 +1,12 @@
 """Downloads over real loopback HTTP, honest and at fault: the right bytes, or a clear error."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -485,12 +487,28 @@ def test_a_named_source_goes_to_its_part(loop):
         ("http://", UsageError, "http:"),
         ("tinny=http://127.0.0.1/", UsageError, "tinny"),
         ("nowhere/at/all", NotFound, "no directory"),
+        ("tiny=", NotFound, "no directory"),
+        ("no\0where", NotFound, "no directory"),
+        ("HTTP://127.0.0.1/", UsageError, "HTTP:"),
+        ("http:/127.0.0.1/", UsageError, "http:"),
+        ("http://127.0.0.1:port/", UsageError, "not a complete address"),
+        ("http://127.0.0.1:99999/", UsageError, "not a complete address"),
+        ("http://[::1/", UsageError, "not a complete address"),
+        ("http://me:secret@/", UsageError, "not a complete address"),
+        ("http://?x", UsageError, "not a complete address"),
+        ("data:text/plain,x", NotFound, "no directory"),
+        ("hf:../x", UsageError, "Hub repository"),
+        ("hf:a/b/c", UsageError, "hf:"),
+        ("hf:a/b@", UsageError, "hf:"),
+        ("hf:a/b@v 1", UsageError, "hf:"),
+        ("hf:a/b?x", UsageError, "hf:"),
         ("tiny=nowhere", NotFound, "no directory"),
     ],
 )
 def test_sources_that_are_none(loop, source, error, match):
-    with pytest.raises(error, match=match):
+    with pytest.raises(error, match=match) as refusal:
         loop.download(source)
+    assert "secret" not in str(refusal.value)
     assert not loop.models.exists()
 
 
@@ -499,12 +517,88 @@ def test_a_source_for_no_part(loop):
         loop.download(name="tiny-lora")
 
 
-def test_names_cannot_leave_the_directory(loop, tables):
-    tables["tiny"].files["../evil.json"] = FileFacts()
+@pytest.mark.parametrize(
+    "name",
+    ["../evil.json", "/evil.json", "S/../../evil.json", "..", "a\0b", "a\nb", "C:evil", "a\\b"],
+)
+def test_names_cannot_leave_the_directory(loop, tables, name):
+    tables["tiny"].files[name] = FileFacts()
     (loop.served.parent / "evil.json").write_text("{}")
     with pytest.raises(DamagedFile, match="outside"):
         loop.download()
     assert not (loop.models / "evil.json").exists()
+
+
+def test_names_that_a_server_gives_are_not_heard(loop):
+    head = {"Content-Disposition": 'attachment; filename="../../evil"', "Content-Location": "/evil"}
+    loop.faults[BIG] = Fault(headers=head)
+    loop.download()
+    assert whole(loop.models) and not list(loop.models.parent.rglob("*evil*"))
+
+
+def test_links_in_place_of_files_are_replaced_and_not_followed(loop):
+    mine = loop.served.parent / "mine"
+    mine.write_bytes(b"precious")
+    (loop.models / "tiny" / "S").mkdir(parents=True)
+    os.symlink(mine, loop.models / "tiny" / "tokenizer.model")
+    os.symlink(mine, loop.models / f"{BIG}.partial")
+    note = {"url": f"{loop.url}/{BIG}", "etag": None, "size": len(WEIGHTS)}
+    (loop.models / f"{BIG}.partial.json").write_text(json.dumps(note))
+    loop.download()
+    assert whole(loop.models) and mine.read_bytes() == b"precious"
+    assert not (loop.models / "tiny" / "tokenizer.model").is_symlink()
+
+
+def test_a_directory_in_the_place_of_a_file_is_left_alone(loop):
+    (loop.models / BIG / "mine").mkdir(parents=True)
+    with pytest.raises(OSError):
+        loop.download()
+    assert (loop.models / BIG / "mine").is_dir()
+
+
+def test_an_address_of_ipv6(loop):
+    """Brackets, a port, a password, a query and a fragment, in one address."""
+    from http.server import ThreadingHTTPServer
+
+    class Six(ThreadingHTTPServer):
+        address_family = socket.AF_INET6
+
+    try:
+        with Six(("::1", 0), None):
+            pass
+    except OSError:
+        pytest.skip("no IPv6 on this machine")
+    with serve(loop.served.parent, log=loop.log) as url:
+        with tunnel(int(url.rpartition(":")[2])) as port:
+            loop.download(f"http://me:secret@[::1]:{port}/tiny/?key=secret#part")
+    assert whole(loop.models) and all(r.with_credentials for r in loop.log)
+
+
+@contextlib.contextmanager
+def tunnel(port):
+    """Pass connections to [::1] on to 127.0.0.1:`port`; yield the port there."""
+    import socketserver
+    import threading
+
+    class Pass(socketserver.BaseRequestHandler):
+        def handle(self):
+            with socket.create_connection(("127.0.0.1", port)) as there:
+                up = threading.Thread(target=self.copy, args=(self.request, there), daemon=True)
+                up.start()
+                self.copy(there, self.request)
+
+        def copy(self, source, target):
+            with contextlib.suppress(OSError):
+                while block := source.recv(1 << 16):
+                    target.sendall(block)
+
+    class Server(socketserver.ThreadingTCPServer):
+        address_family, daemon_threads = socket.AF_INET6, True
+
+    with Server(("::1", 0), Pass) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
 
 
 # --- real processes ----------------------------------------------------------------------------

@@ -122,10 +122,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     added.add_argument(
         "--connections",
-        type=_positive,
+        type=int,
+        choices=range(1, 17),
         default=4,
         metavar="N",
-        help="at once for a large file, at most; default 4",
+        help="1 to 16 at once for a large file; default 4",
     )
 
     added = command(

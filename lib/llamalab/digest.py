@@ -92,7 +92,7 @@ def hash_file(
 
 def inside(name: str) -> bool:
     """Whether `name`, a path with `/` from a list or a server, stays inside its directory."""
-    rubbish = not name or any(c in name for c in "\\:\0") or name.startswith("/")
+    rubbish = not name or any(c in name for c in "\\:\0\n\r") or name.startswith("/")
     return not rubbish and ".." not in name.split("/") and PurePosixPath(name).name != ""
 
 
@@ -107,6 +107,8 @@ def read_checklist(path: str | os.PathLike) -> dict[str, str]:
             not one digest in it.
     """
     path, digests = Path(path), {}
+    if path.stat().st_size > 1 << 20:  # Meta's have a few hundred bytes
+        raise DamagedFile(f"'{path.name}' is too large for a checklist.", "", "Fetch it again.")
     text = path.read_bytes().decode("utf-8", "replace")
     for number, line in enumerate(text.split("\n"), 1):
         line = line.removesuffix("\r")

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -72,7 +73,14 @@ class Partial:
         self._digests, self._hashed, self._noted = None, 0, 0.0
 
     def _resume(self, note: dict) -> None:
-        length, size = self.path.stat().st_size, note["size"]
+        status, size, etag = self.path.lstat(), note["size"], note["etag"]
+        promise = FileFacts(None, note.get("md5"), note.get("sha256"))
+        length = status.st_size
+        # A link, hard or soft, may be another name of a file of the reader's.
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise ValueError("not a file of ours")
+        if not all(isinstance(text, str | None) for text in (etag, promise.md5, promise.sha256)):
+            raise ValueError("these are no texts")
         gaps, have, end, filled = [], length if size is None else size, 0, 0
         for start, stop in note.get("missing", [[0, size]]) if size is not None else ():
             if not end <= index(start) <= index(stop) <= size:
@@ -85,11 +93,11 @@ class Partial:
             gaps = [Gap(length, None)]
         elif length > size or length < (size if end < size else filled):
             raise ValueError("the length is not that of the note")
-        facts = completed(self.facts, FileFacts(None, note.get("md5"), note.get("sha256")))
+        facts = completed(self.facts, promise)
         # Without a validator or digest nobody could tell two versions in one file.
-        if note["url"] != self.url or not (note["etag"] or facts.md5 or facts.sha256):
+        if note["url"] != self.url or not (etag or facts.md5 or facts.sha256):
             raise ValueError("of unknown origin")
-        self.facts, self.etag, self.size = facts, note["etag"], size
+        self.facts, self.etag, self.size = facts, etag, size
         self.have, self.joined, self.gaps = have, have > 0, gaps
 
     def restart(self) -> None:

@@ -56,8 +56,14 @@ def assign(
 
 def _require_readable(where: str) -> None:
     """Refuse what is neither an http(s) address, nor hf:OWNER/REPO, nor a directory."""
-    if re.match(r"hf:[\w.-]+/[\w.-]+(@[^\s@]+)?$", where):
-        return
+    if match := re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(@[\w./-]+)?", where):
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            return validate_repo_id(match[1])
+        except HFValidationError as error:
+            raise UsageError(f"'{where}' is not a Hub repository.", str(error)) from None
     if re.match(r"https?://[^/]", where):
         try:
             address, port = httpx.URL(where), urlsplit(where).port
@@ -72,7 +78,7 @@ def _require_readable(where: str) -> None:
             f"A source that begins with '{scheme}:' cannot be read.",
             "Only http:// and https:// addresses, hf:OWNER/REPO and directories can.",
         )
-    if "\0" in where or not Path(where).expanduser().is_dir():
+    if not where or "\0" in where or not Path(where).expanduser().is_dir():
         raise NotFound(f"There is no directory {where!r}.", "It was given as a source.")
 
 
