@@ -200,6 +200,19 @@ def test_a_version_that_changes_under_several_connections(loop, tables, monkeypa
     assert (loop.models / BIG).read_bytes() == other
 
 
+@pytest.mark.parametrize("connections", [1, 4])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("206", "200", "416"))])
+def test_with_nothing_published_the_heads_of_answers_must_do(
+    loop, tables, monkeypatch, name, connections
+):
+    monkeypatch.setattr(transfer, "PIECE", 1 << 15)
+    tables["tiny"].files["S/consolidated.00.pth"] = FileFacts()
+    acts = [Fault(**vars(act)) for act in CASES[name][0]]
+    with serve(loop.served.parent, Acts(BIG, acts)) as url:
+        transfer.download("tiny", loop.models, [url], connections=connections)
+    assert whole(loop.models)
+
+
 @pytest.mark.parametrize("acts", [1, 3])
 def test_what_only_the_server_promises_counts(loop, tables, acts):
     """Nothing is published of the file, and the Hub's header tells the flipped byte."""

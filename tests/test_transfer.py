@@ -536,12 +536,13 @@ def test_names_that_a_server_gives_are_not_heard(loop):
     assert whole(loop.models) and not list(loop.models.parent.rglob("*evil*"))
 
 
-def test_links_in_place_of_files_are_replaced_and_not_followed(loop):
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_links_in_place_of_files_are_replaced_and_not_followed(loop, link):
     mine = loop.served.parent / "mine"
     mine.write_bytes(b"precious")
     (loop.models / "tiny" / "S").mkdir(parents=True)
-    os.symlink(mine, loop.models / "tiny" / "tokenizer.model")
-    os.symlink(mine, loop.models / f"{BIG}.partial")
+    link(mine, loop.models / "tiny" / "tokenizer.model")
+    link(mine, loop.models / f"{BIG}.partial")
     note = {"url": f"{loop.url}/{BIG}", "etag": None, "size": len(WEIGHTS)}
     (loop.models / f"{BIG}.partial.json").write_text(json.dumps(note))
     loop.download()
