@@ -78,7 +78,8 @@ def test_a_wrong_arrangement_is_named_and_only_then_fixed(tiny, tmp_path, capsys
 
 
 def test_the_size_folder_itself(tiny, tmp_path):
-    folder = served.lay_out(tmp_path / "mine", RIGHT)
+    other = {"13B/checklist.chk": CHECKLIST, "notes.txt": b"mine", "tiny/tokenizer.model": b"?"}
+    folder = served.lay_out(tmp_path / "mine", RIGHT | other)  # what lies beside is not its own
     report = verify(folder / "7B")
     assert report.ok and report.path == folder and not report.moves
     assert {row.file for row in report.rows} == set(RIGHT)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections import namedtuple
 
@@ -682,6 +683,32 @@ def test_the_token_is_stored_nowhere(hub, tmp_path):
     process.communicate(timeout=60)
     files = [path for path in (tmp_path / "models").rglob("*") if path.is_file()]
     assert len(files) == 2 and not [path for path in files if b"hf_secret" in path.read_bytes()]
+
+
+MODEL = """
+    import sys
+    from llamalab import catalog, cli
+    from llamalab.catalog import FileFacts, Model, Part
+    base = Part("tiny", "base", {"p.json": FileFacts()}, vocab=8)
+    files = {"w.pth": FileFacts(sha256=sys.argv[1])}
+    lora = Part("tiny-lora", "adapter", files, vocab=8, base="tiny", source="hf:me/repo@v1")
+    parts = {"tiny": base, "tiny-lora": lora}
+    catalog._tables = lambda: (parts, {"model": Model("model", base, (lora,))})
+    sys.exit(cli.main(["download", "model", "--models-dir", sys.argv[2], "--source", sys.argv[3]]))
+"""
+
+
+def test_the_base_from_where_it_is_said_and_the_adapter_from_the_hub(hub, tmp_path):
+    """As `download chinese-llama-7b --source llama-7b=WHERE` does, each part to its place."""
+    mine, models = lay_out(tmp_path / "mine", {"p.json": b"{}"}), tmp_path / "models"
+    command = [sys.executable, "-c", textwrap.dedent(MODEL), SHA256, str(models), f"tiny={mine}"]
+    environment = os.environ | hub.settings
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == [str(models / "tiny"), str(models / "tiny-lora")], (
+        done.stderr
+    )
+    assert os.path.samefile(models / "tiny" / "p.json", mine / "p.json")
+    assert (models / "tiny-lora" / "w.pth").read_bytes() == WEIGHTS
 
 
 def test_a_hub_cache_made_by_the_hubs_own_code(hub, tmp_path):

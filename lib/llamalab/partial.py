@@ -268,8 +268,13 @@ def locked(directory: Path) -> Iterator[None]:
             except BlockingIOError:
                 say(f"Another process is downloading to '{directory}'; waiting for it.")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            # Who had the lock before removed the file, perhaps: then it keeps nobody out.
-            if path.exists() and os.path.samestat(os.fstat(lock), os.stat(path)):
+            except OSError:
+                pass  # a file system without locks, as some of clusters are
+            try:
+                current = os.path.samestat(os.fstat(lock), os.stat(path))
+            except FileNotFoundError:
+                current = False
+            if current:  # else who had it before removed the file, and it keeps nobody out
                 try:
                     yield
                 finally:

@@ -79,7 +79,7 @@ def download(
     needed = sum(_needed(part, root / part.name) for part in parts if wheres[part.name])
     if needed > 0:
         free = size_text(_require_room(root, needed))
-        say(f"{name}: {size_text(needed)} to download to '{root}', where {free} are free.")
+        say(f"{name}: about {size_text(needed)} to download to '{root}', where {free} are free.")
     return [_bring(part, root / part.name, wheres[part.name], name, connections) for part in parts]
 
 

@@ -6,6 +6,7 @@ import hashlib
 import html
 import math
 import os
+import shlex
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -81,7 +82,7 @@ class Verification:
         if self.moves:
             lines.append("The files lie elsewhere than the course looks for them. To be moved:")
             lines += [f"    {move}" for move in self.moves]
-            lines.append(f"'llamalab verify {self.path} --fix' moves them, and nothing else.")
+            lines.append(f"'llamalab verify {shlex.quote(str(self.path))} --fix' moves them.")
         if self.seconds:
             rate = f"{size_text(self.bytes)} at {size_text(self.bytes / self.seconds)}/s"
             lines.append(f"{rate}, {self.read_share:.0%} of the plain read speed")
@@ -132,13 +133,16 @@ def verify(
     else:
         part = catalogue.get(as_name or directory.name)
         parts = [part] if part else layout.recognise(directory, here)
+        inside = [part for part in catalogue.values() if (directory / part.name).is_dir()]
+        known, rows = checklist_facts(directory)
         for part in parts:
             if part.folder == directory.name and "params.json" in here:  # the size folder itself
                 directory = directory.parent
                 here = {f"{part.folder}/{name}": size for name, size in here.items()}
+                known = {f"{part.folder}/{name}": facts for name, facts in known.items()}
+                rows = [replace(row, file=f"{part.folder}/{row.file}") for row in rows]
                 beside = [directory / name for name in part.files if "/" not in name]
                 here |= {file.name: file.stat().st_size for file in beside if file.is_file()}
-        inside = [part for part in catalogue.values() if (directory / part.name).is_dir()]
         published = {n: f for part in parts if part not in inside for n, f in part.files.items()}
         moves = layout.arrange(directory, published, here)
         if fix and moves:
@@ -146,7 +150,6 @@ def verify(
             return verify(directory, as_name, models_dir)
         published |= {f"{part.name}/{n}": f for part in inside for n, f in part.files.items()}
         parts += [part for part in inside if part not in parts]
-        known, rows = checklist_facts(directory)
         for name, facts in published.items():
             known[name] = replace(facts, md5=facts.md5 or known.get(name, FileFacts()).md5)
         known |= {move.found: known[move.place] for move in moves}
