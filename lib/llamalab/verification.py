@@ -157,6 +157,8 @@ def verify(
     if not names and not rows:
         raise NotFound(f"There is no file in '{directory}'.", "", "Give the directory of a model.")
     judged, spent = _judge_all(directory, names, known, sum(here.values()))
+    if any(row.file == "(tensors)" for row in rows):
+        spent = ()  # the larger part was read elsewhere
     found = {move.place: f"It lies at '{move.found}'; --fix moves it." for move in moves}
     rows += [replace(row, cause=found.get(row.file, row.cause)) for row in judged]
     names = tuple(part.name for part in parts)
