@@ -16,6 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -89,8 +90,9 @@ def compete(contenders: Sequence[Contender], inputs: Sequence[Path], repeats: in
 def _run(contender: Contender, row: Row) -> None:
     environment = os.environ | {"TQDM_DISABLE": "1"} | contender.environment
     began = time.perf_counter()
+    errors = tempfile.TemporaryFile()
     process = subprocess.Popen(
-        contender.command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        contender.command, env=environment, stdout=subprocess.DEVNULL, stderr=errors
     )
     status = usage = None
     while True:
@@ -103,9 +105,10 @@ def _run(contender: Contender, row: Row) -> None:
         time.sleep(0.01)
     row.seconds.append(time.perf_counter() - began)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{contender.name} failed:\n{process.stderr.read().decode()}")
-    process.stderr.close()
+    errors.seek(0)
+    with errors:
+        if process.returncode:
+            raise SystemExit(f"{contender.name} failed:\n{errors.read().decode()}")
     row.read, row.written = 512 * usage.ru_inblock, 512 * usage.ru_oublock
 
 
@@ -183,16 +186,15 @@ def llamalab(*words: str | Path) -> list[str]:
 
 def report(title: str, rows: Sequence[Row], facts: dict, file: Path | None) -> None:
     """Print the table, each row beside the first one, and write the figures as JSON."""
-    first = rows[0].median
     print(f"{title}\n{facts['machine']}; {facts['date']}; {facts['state']}\n")
     heads = ("", "seconds", "x cp", "RssAnon", "RssFile", "read", "written")
     cells = [heads, ("---", *("---:",) * 6)]
     for row in rows:
-        spread = f" ({min(row.seconds):.1f} to {max(row.seconds):.1f})"
-        seconds = f"{row.median:.1f}" + (spread if len(row.seconds) > 1 else "")
+        # A round against the copy of the same round: the disk has its moods.
+        ratios = [mine / cp for mine, cp in zip(row.seconds, rows[0].seconds, strict=False)]
         sizes = (row.anonymous, row.mapped, row.read, row.written)
         sizes = [f"{size / 1e6:,.0f} MB" for size in sizes]
-        cells.append((row.name, seconds, f"{row.median / first:.2f}", *sizes))
+        cells.append((row.name, _spread(row.seconds, 1), _spread(ratios, 2), *sizes))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
@@ -205,6 +207,14 @@ def report(title: str, rows: Sequence[Row], facts: dict, file: Path | None) -> N
         file.write_text(json.dumps(held, indent=1) + "\n")
 
 
+def _spread(values: Sequence[float], digits: int) -> str:
+    """Return the median, and where there are several values their range."""
+    text = f"{statistics.median(values):.{digits}f}"
+    if len(values) == 1:
+        return text
+    return f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
 def facts(size: str, repeats: int) -> dict:
     """Return what a reader of the figures must know."""
     memory = psutil.virtual_memory().total / 2**30
@@ -214,7 +224,7 @@ def facts(size: str, repeats: int) -> dict:
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPU cores, {memory:.0f} GiB, {platform.machine()}, "
         + ", ".join(versions),
-        "state": f"inputs not in the page cache, medians of {repeats} round(s), in turns",
+        "state": f"inputs not in the page cache; medians of {repeats} rounds, in turns",
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 import zipfile
 
 import pytest
@@ -68,6 +69,21 @@ def test_a_file_system_without_direct_writing(tmp_path, monkeypatch, refused_by)
         patch.setattr(containers.os, refused_by, refuse)
         write_in_pieces(tmp_path / "file", data, 1_000_000)
     assert refusals and (tmp_path / "file").read_bytes() == data
+
+
+def test_a_slow_disk_gets_the_same_bytes(tmp_path, monkeypatch):
+    """A buffer must not be filled again while it is being written."""
+    call = os.write
+
+    def slowly(descriptor, data):
+        time.sleep(0.05)
+        return call(descriptor, data)
+
+    data = random_bytes(4 * PIECE + 77)
+    with monkeypatch.context() as patch:
+        patch.setattr(containers.os, "write", slowly)
+        write_in_pieces(tmp_path / "file", data, PIECE)
+    assert (tmp_path / "file").read_bytes() == data
 
 
 def test_an_error_of_the_disk_is_raised(tmp_path, monkeypatch):

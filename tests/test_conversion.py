@@ -117,12 +117,43 @@ def test_shards_convert_to_the_single_files_bytes(tmp_path, shards, kv_heads, dt
     assert made[0] == made[1]
 
 
-def test_llama_3_is_refused_by_name(tmp_path):
-    tensors, params = synthetic.meta_tensors(dim=8, heads=2, layers=1, vocab=128_256)
-    synthetic.write_meta(tmp_path / "m", tensors, params)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_llama_3_is_refused_by_name(tmp_path, shards):
+    tensors, params = synthetic.meta_tensors(dim=8, heads=2, layers=1, ffn=24, vocab=128_256)
+    # Llama-3 cuts its embedding by rows, which a reader of LLaMA-1 and 2 does not expect.
+    rows = tensors.pop("tok_embeddings.weight")
+    synthetic.write_meta(tmp_path / "m", tensors, params, shards=shards)
+    for number, piece in enumerate(rows.chunk(shards)):
+        path = tmp_path / "m" / f"consolidated.{number:02d}.pth"
+        held = torch.load(path, weights_only=True)
+        torch.save({"tok_embeddings.weight": piece.clone()} | held, path)
     (tmp_path / "m" / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
     with pytest.raises(WrongLayout, match="Llama-3"):
         llamalab.convert(tmp_path / "m", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_kv_heads": 3},
+        {"n_kv_heads": "4"},
+        {"n_kv_heads": 4.0},
+        {"norm_eps": "1e-5"},
+        {"norm_eps": None},
+        {"norm_eps": 0},
+        {"rope_theta": "abc"},
+        {"rope_theta": None},
+        {"rope_theta": -1},
+    ],
+    ids=str,
+)
+def test_params_that_are_no_numbers_of_a_model_are_refused(copied, tmp_path, change):
+    base = copied("base")
+    params = base / "7B" / "params.json"
+    params.write_text(json.dumps(json.loads(params.read_text()) | change))
+    with pytest.raises(DamagedFile, match="heads|eps|theta"):
+        llamalab.convert(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -204,19 +235,48 @@ def test_params_that_do_not_fit_the_tensors_are_refused(copied, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_of_something_else_is_left_alone(family, tmp_path):
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        ({"notes.txt": "mine"}, "not a model"),
+        ({"config.json": "{}"}, "not a model"),
+        ({"config.json": '{"port": 80}', "src/app.py": "mine"}, "not a model"),
+        ({"config.json": '{"model_type": "llama"}', "notes.txt": "mine"}, "notes.txt"),
+        ({"config.json": '{"model_type": "llama"}', "src/app.json": "mine"}, "src"),
+    ],
+)
+def test_an_output_of_something_else_is_left_alone(family, tmp_path, files, words):
+    out = tmp_path / "out"
+    for name, text in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+    for overwrite, said in ((False, "not empty"), (True, words)):
+        with pytest.raises(OutputExists, match=said):
+            llamalab.convert(family / "base", out, overwrite=overwrite)
+    for name, text in files.items():
+        assert (out / name).read_text() == text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_model_of_somebody_elses_is_replaced_on_request(family, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "notes.txt").write_text("mine")
-    for overwrite, words in ((False, "not empty"), (True, "not a model")):
-        with pytest.raises(OutputExists, match=words):
-            llamalab.convert(family / "base", out, overwrite=overwrite)
-    assert [p.name for p in out.iterdir()] == ["notes.txt"]
-    (out / "config.json").write_text("{}")
+    (out / "config.json").write_text('{"model_type": "llama"}')
+    (out / "pytorch_model.bin").write_bytes(b"old")
     llamalab.convert(family / "base", out, overwrite=True)
-    assert not (out / "notes.txt").exists()
-    assert (out / "model.safetensors").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert (out / "model.safetensors").exists() and not (out / "pytorch_model.bin").exists()
+
+
+def test_a_base_of_links_is_not_written_over(family, tmp_path):
+    """As the Hub's cache has it: the names are links to files elsewhere."""
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in (family / "base-hf").iterdir():
+        (snapshot / path.name).symlink_to(path)
+    before = sorted(path.name for path in snapshot.iterdir())
+    with pytest.raises(UsageError, match="holds an input"):
+        llamalab.merge(snapshot, family / "llama-lora", snapshot, overwrite=True)
+    assert sorted(path.name for path in snapshot.iterdir()) == before
 
 
 def test_inputs_are_never_written_over(copied):

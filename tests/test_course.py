@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -86,3 +87,14 @@ def test_chinese_is_drawn_without_boxes(tmp_path, recwarn):
     figure.savefig(tmp_path / "plot.png")
     pyplot.close(figure)
     assert not [w for w in recwarn if "missing from" in str(w.message)]
+
+
+def test_memory_is_watched():
+    with course.MemoryWatch() as memory:
+        held = bytearray(b"x") * 80_000_000
+        time.sleep(0.05)
+        del held
+    assert memory.grown > 60e6
+    with course.MemoryWatch() as memory:
+        pass
+    assert memory.grown < 60e6

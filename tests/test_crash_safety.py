@@ -14,7 +14,7 @@ import crashes
 import llamalab
 import synthetic
 from llamalab import checkpoint, writer
-from llamalab.errors import DamagedFile, NotEnoughRoom
+from llamalab.errors import DamagedFile, NotEnoughRoom, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -155,4 +155,21 @@ def test_a_disk_too_small_is_refused_before_the_first_byte(base, small_disk):
     disk, _ = small_disk
     with pytest.raises(NotEnoughRoom, match="are free"):
         llamalab.convert(base, disk / "out", model_size="7B")
+    assert list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["280k", "290k", "300k"])
+def test_a_disk_that_fills_up_at_the_small_files(family, small_disk, monkeypatch, size):
+    disk, grow = small_disk
+    grow(size)
+    monkeypatch.setattr(writer, "_require_room", lambda *_: None)
+    with pytest.raises(NotEnoughRoom, match="The disk is full"):
+        llamalab.merge(family / "base", family / "llama-lora", disk / "out")
+    assert not (disk / "out").exists()
+
+
+def test_a_mounted_disk_itself_cannot_be_the_output(base, small_disk):
+    disk, _ = small_disk
+    with pytest.raises(UsageError, match="file system of its own"):
+        llamalab.convert(base, disk, model_size="7B")
     assert list(disk.iterdir()) == []

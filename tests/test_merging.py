@@ -366,3 +366,67 @@ def test_parts_of_the_catalogue_only_in_their_order(family, monkeypatch):
         with_lora(base, adapter)
     base.made_of = ("llama-7b", "chinese-llama-plus-lora-7b")
     assert with_lora(base, adapter).made_of == (*base.made_of, "chinese-alpaca-plus-lora-7b")
+
+
+def changed_adapter(copied, change_tensors=None, **settings):
+    """A copy of the llama adapter with other tensors or settings."""
+    adapter = copied("llama-lora")
+    if change_tensors:
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        save_file(change_tensors(tensors), adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text()) | settings
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return adapter
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: {n: v for n, v in t.items() if "layers.1." not in n}, "no matrices for"),
+        (lambda t: {n: v for n, v in t.items() if "v_proj" not in n}, "v_proj"),
+        (lambda t: {n: v for n, v in t.items() if "lora_" not in n}, "no matrices for"),
+        (lambda t: t | {FIRST.removeprefix("base_model.model."): t[FIRST] + 1}, "too"),
+        (lambda t: t | {FIRST.replace("A.w", "A.default.w"): t[FIRST] + 1}, "too"),
+        (lambda t: t | {FIRST: t[FIRST][0]}, "matrices"),
+        (lambda t: t | {FIRST: t[FIRST][:0]}, "matrices"),
+        (lambda t: t | {FIRST: t[FIRST][None]}, "matrices"),
+    ],
+)
+def test_an_adapter_with_too_little_or_too_much_is_refused(family, copied, change, words):
+    with pytest.raises(LabError, match=words):
+        with_lora(HFCheckpoint(family / "base-hf"), Adapter(changed_adapter(copied, change)))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"r": 16}, "rank 16"),
+        ({"rank_pattern": {"q_proj": 99}}, "rank 99 for .*q_proj"),
+        ({"alpha_pattern": {"(": 3}}, "cannot be understood"),
+        ({"alpha_pattern": {"q_proj": "3"}}, "cannot be understood"),
+        ({"alpha_pattern": {"q_proj": None}}, "cannot be understood"),
+        ({"alpha_pattern": ["q_proj"]}, "cannot be understood"),
+        ({"modules_to_save": 3}, "cannot be understood"),
+        ({"modules_to_save": [1]}, "cannot be understood"),
+        ({"modules_to_save": "lm_head"}, "cannot be understood"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_of_these_matrices_are_refused(copied, settings, words):
+    with pytest.raises(DamagedFile, match=words):
+        Adapter(changed_adapter(copied, **settings))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_whole_embedding_that_is_not_finite_stops_the_merge(family, copied, tmp_path, value):
+    def spoil(tensors):
+        name, *more = (name for name in tensors if "lm_head" in name)
+        tensors[name][7, 3] = value
+        return {name: tensor for name, tensor in tensors.items() if name not in more}
+
+    with pytest.raises(DamagedFile, match=r"lm_head\.weight gives values that are not finite"):
+        llamalab.merge(family / "base", changed_adapter(copied, spoil), tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import zipfile
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 
 import llamalab
 from llamalab import writer
-from llamalab.checkpoint import HFCheckpoint, open_checkpoint
+from llamalab.checkpoint import HFCheckpoint, digest_tensors, open_checkpoint
 from llamalab.errors import NotEnoughRoom, OutOfDate, OutputExists, UsageError
 
 
@@ -153,6 +152,7 @@ def test_cut_off_at_the_renames_nothing_is_lost(family, tmp_path, monkeypatch, s
     made = llamalab.convert(family / "base", out, context_length=9, overwrite=True)
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 9
     assert made.already == (stop == "after")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]  # the old model, too, is gone
     if stop != "after":
         assert (out / "model.safetensors").stat().st_mtime_ns == stamp
 
@@ -188,36 +188,6 @@ def start_slow_merge(family, out):
     )
 
 
-@pytest.mark.parametrize(
-    "reads, how", [(5, signal.SIGKILL), (25, signal.SIGKILL), (50, signal.SIGINT)]
-)
-def test_a_run_cut_off_leaves_nothing_whole_and_is_resumed(family, tmp_path, reads, how):
-    out = tmp_path / "out"
-    process = start_slow_merge(family, out)
-    for _ in range(reads):
-        process.stdout.readline()
-    process.send_signal(how)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert not out.exists()
-    finished = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob(".out.partial/*.safetensors")}
-    made = llamalab.merge(family / "base", family / "llama-lora", out, max_shard_size="40KB")
-    wanted = llamalab.merge(
-        family / "base", family / "llama-lora", tmp_path / "calm", max_shard_size="40KB"
-    )
-    assert made.tensor_digest == wanted.tensor_digest
-    for file in (tmp_path / "calm").glob("*.safetensors"):
-        assert (out / file.name).read_bytes() == file.read_bytes()
-    for name, stamp in finished.items():
-        if (
-            name
-            in json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].values()
-        ):
-            assert (out / name).stat().st_mtime_ns == stamp  # kept, not written again
-    assert reads < 50 or finished
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["calm", "out"]
-
-
 def test_a_changed_input_is_not_resumed(family, copied, tmp_path):
     base, out = copied("base"), tmp_path / "out"
     process = start_slow_merge(tmp_path_family(base, family, tmp_path), out)
@@ -239,6 +209,146 @@ def tmp_path_family(base, family, tmp_path):
     """A family directory whose base is the copy, and whose adapter is the shared one."""
     (tmp_path / "llama-lora").symlink_to(family / "llama-lora")
     return tmp_path
+
+
+def cut_off(monkeypatch, action, shards: int):
+    """Run `action` until so many shards are finished, and cut it off there."""
+    write_shard, finished = writer._write_shard, []
+
+    def cut(*arguments):
+        if len(finished) == shards:
+            raise KeyboardInterrupt
+        finished.append(arguments)
+        return write_shard(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_shard", cut)
+        with pytest.raises(KeyboardInterrupt):
+            action()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_another_file_with_the_old_size_and_time_is_noticed(copied, tmp_path, monkeypatch, whole):
+    """As `cp -p` and `rsync -t` leave one."""
+    base, out = copied("base"), tmp_path / "out"
+    path = base / "7B/consolidated.00.pth"
+
+    def convert():
+        return llamalab.convert(base, out, max_shard_size="40KB")
+
+    convert() if whole else cut_off(monkeypatch, convert, 3)
+    before, tensors = path.stat(), torch.load(path, weights_only=True)
+    for tensor in tensors.values():
+        tensor += 0.5
+    torch.save(tensors, tmp_path / "consolidated.00.pth")  # by the same name, so of the same size
+    os.replace(tmp_path / "consolidated.00.pth", path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    if whole:
+        with pytest.raises(OutOfDate, match="has changed"):
+            convert()
+    else:
+        calm = llamalab.convert(base, tmp_path / "calm", max_shard_size="40KB")
+        assert convert().tensor_digest == calm.tensor_digest
+
+
+@pytest.mark.parametrize("damage", ["shortened", "another version", "no journal"])
+def test_a_finished_shard_that_cannot_be_trusted_is_made_again(
+    family, tmp_path, monkeypatch, damage
+):
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+
+    def convert():
+        return llamalab.convert(family / "base", out, max_shard_size="40KB")
+
+    cut_off(monkeypatch, convert, 3)
+    shards = {path: path.stat().st_mtime_ns for path in sorted(partial.glob("*.safetensors"))}
+    assert len(shards) == 3
+    if damage == "shortened":
+        os.truncate(next(iter(shards)), 100)
+    elif damage == "another version":
+        monkeypatch.setattr(writer, "__version__", "99.0")
+    else:
+        (partial / writer._JOURNAL).write_text("[]")
+    made = convert()
+    again = [p for p, stamp in shards.items() if (out / p.name).stat().st_mtime_ns != stamp]
+    assert len(again) == (1 if damage == "shortened" else 3)
+    assert digest_tensors(open_checkpoint(out)) == digest_tensors(
+        open_checkpoint(family / "base-hf")
+    )
+    assert made.tensor_digest
+
+
+def test_what_somebody_else_keeps_in_the_work_directory_is_left_alone(family, tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputExists, match=r"thesis\.txt"):
+        llamalab.convert(family / "base", tmp_path / "out")
+    assert (tmp_path / ".out.partial" / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".new.partial").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputExists, match="is a link"):
+        llamalab.convert(family / "base", tmp_path / "new")
+
+
+def test_a_journal_left_in_a_whole_directory_is_cleared_away(family, tmp_path):
+    llamalab.convert(family / "base", tmp_path / "out")
+    (tmp_path / "out" / writer._JOURNAL).write_text("{}")
+    assert llamalab.convert(family / "base", tmp_path / "out").already
+    assert not (tmp_path / "out" / writer._JOURNAL).exists()
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(family, tmp_path, monkeypatch):
+    """After a power cut a name may stand without its bytes, unless they were synced before."""
+    events, sync, replace, rename = [], os.fsync, os.replace, type(tmp_path).rename
+
+    def name_of(descriptor):
+        return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def synced(descriptor):
+        events.append(("sync", name_of(descriptor)))
+        sync(descriptor)
+
+    def replaced(old, new):
+        events.append(("name", os.path.basename(old)))
+        replace(old, new)
+
+    def renamed(self, target):
+        events.append(("place", self.name))
+        return rename(self, target)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("file names are read from /proc, which only Linux has")
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(type(tmp_path), "rename", renamed)
+    llamalab.convert(family / "base", tmp_path / "out", max_shard_size="60KB")
+    for number, (kind, name) in enumerate(events):
+        if kind == "name":
+            assert ("sync", name) in events[:number], name
+    place = events.index(("place", ".out.partial"))
+    assert ("sync", ".out.partial") in events[:place]
+    assert {name for kind, name in events[place:] if kind == "sync"} == {"out", tmp_path.name}
+    assert sum(kind == "name" for kind, _ in events) > 8
+
+
+def test_a_file_is_let_go_with_the_last_use(family):
+    """Or a deleted model would keep its place on the disk."""
+    import gc
+
+    gc.collect()
+    gc.disable()
+    try:
+        made = HFCheckpoint(family / "base-hf")
+        made.read("lm_head.weight")
+        path = str(family / "base-hf" / "model.safetensors")
+        with open("/proc/self/maps", encoding="utf-8") as maps:
+            assert path in maps.read()
+        del made
+        with open("/proc/self/maps", encoding="utf-8") as maps:
+            assert path not in maps.read()
+    finally:
+        gc.enable()
 
 
 def test_two_processes_with_one_output(family, tmp_path):

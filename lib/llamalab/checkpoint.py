@@ -187,15 +187,16 @@ class TensorFile:
 
     def _open_safetensors(self) -> None:
         try:
-            self._handle = safe_open(str(self.path), framework="pt", device="cpu")
+            handle = safe_open(str(self.path), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise self._damaged(error) from None
         self.tensors = {}
-        for name in self._handle.keys():  # noqa: SIM118 (not a dict)
-            part = self._handle.get_slice(name)
+        for name in handle.keys():  # noqa: SIM118 (not a dict)
+            part = handle.get_slice(name)
             dtype = {v: k for k, v in DTYPES.items()}.get(part.get_dtype(), torch.uint8)
             self.tensors[name] = TensorSpec(dtype, tuple(part.get_shape()))
-        self._slice = lambda name, start, stop: self._handle.get_slice(name)[start:stop]
+        # Over the handle, not over self: that would keep the file mapped after the last use.
+        self._slice = lambda name, start, stop: handle.get_slice(name)[start:stop]
 
     def _open_torch(self) -> None:
         try:
@@ -211,7 +212,10 @@ class TensorFile:
                 finding="damaged-file",
             ) from None
         if not isinstance(held, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.dim()
+            isinstance(name, str)
+            and isinstance(tensor, torch.Tensor)
+            and tensor.dim()
+            and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
             for name, tensor in held.items()
         ):
             raise self._damaged(ValueError("it is not a dictionary of tensors"))
@@ -291,7 +295,7 @@ class MetaCheckpoint(Checkpoint):
             raise NotFound(f"{gap} is missing.", "The shards are counted from 00 without a gap.")
         self._shards = [TensorFile(path) for path in paths]
         self.tensors = self._join_specs()
-        if self.vocab_size > 100_000:
+        if self.tensors["output.weight"].rows > 100_000:
             raise WrongLayout(
                 f"{folder} looks like Llama-3, which this course does not convert.",
                 "Its tokenizer is not a SentencePiece model, which the Chinese adapters extend.",
@@ -303,6 +307,7 @@ class MetaCheckpoint(Checkpoint):
                 f"tokenizer.model is neither in {folder} nor above it.",
                 "The converted model would have no vocabulary.",
                 "Put Meta's tokenizer.model beside the size folder.",
+                finding="no-tokenizer",
             )
         self.inputs = [folder / "params.json", *paths, self.tokenizer]
         self.made_of = _known_base(folder / "params.json")
@@ -458,7 +463,8 @@ class HFCheckpoint(Checkpoint):
         self.inputs = [directory / "config.json", *indexes, *files]
         self.inputs += [tokenizer] if self.tokenizer else []
         made = directory / "llamalab.json"
-        self.made_of = tuple(read_json(made).get("made_of") or ()) if made.is_file() else ()
+        made_of = read_json(made).get("made_of") if made.is_file() else None
+        self.made_of = tuple(made_of) if isinstance(made_of, list) else ()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         return self._file_of[name].read(name, start, stop)
@@ -467,6 +473,8 @@ class HFCheckpoint(Checkpoint):
 def _hf_files(directory: Path) -> tuple[list[Path], list[Path]]:
     """Return the weight files of an HF directory, and the index that names them if there is one."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if (directory / f"{stem}.{suffix}").is_file():  # first, as transformers looks for it
+            return [directory / f"{stem}.{suffix}"], []
         index = directory / f"{stem}.{suffix}.index.json"
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
@@ -483,8 +491,6 @@ def _hf_files(directory: Path) -> tuple[list[Path], list[Path]]:
                     finding="damaged-file",
                 )
             return [directory / name for name in names], [index]
-        if (directory / f"{stem}.{suffix}").is_file():
-            return [directory / f"{stem}.{suffix}"], []
     if (directory / "consolidated.00.pth").is_file():
         raise _meta_weights(directory, f"{directory} has a config.json beside Meta's weights.")
     raise NotFound(

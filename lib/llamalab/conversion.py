@@ -172,17 +172,32 @@ def _check_shapes(checkpoint: Checkpoint, config: dict, name_of: dict[str, str])
     dim, ffn, heads = (
         config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")
     )
-    kv = dim // heads * (config.get("num_key_value_heads") or heads)
+    kv_heads = config.get("num_key_value_heads") or heads
+    if type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads:
+        raise DamagedFile(
+            f"The configuration gives {kv_heads!r} key and value heads to {heads} heads.",
+            "Each of them serves a whole number of heads.",
+            "Bring the configuration that belongs to the weights.",
+        )
+    kv = dim // heads * kv_heads
     vocab, file = (
         config["vocab_size"],
         "config.json" if checkpoint.layout == "hf" else "params.json",
     )
-    if dim % (2 * heads):
+    if dim % (2 * heads) or config.get("head_dim", dim // heads) not in (None, dim // heads):
         raise DamagedFile(
             f"{file} gives {heads} heads to a width of {dim}.",
             "The width of a head must be a whole, even number, or no pairs could be rotated.",
             f"Bring the {file} that belongs to the weights.",
         )
+    positive = {"rms_norm_eps": config.get("rms_norm_eps", 1e-6), "rope_theta": _rope_theta(config)}
+    for key, value in positive.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            raise DamagedFile(
+                f"{file} gives {value!r} as {key}.",
+                "A number above 0 belongs there, or the answers would mean nothing.",
+                f"Bring the {file} that belongs to the weights.",
+            )
     shapes = {
         "embed_tokens": (vocab, dim), "lm_head": (vocab, dim), "norm": (dim,),
         "input_layernorm": (dim,), "post_attention_layernorm": (dim,),
@@ -214,7 +229,7 @@ def hf_config(checkpoint: Checkpoint, context_length: int | None = None) -> dict
     if context_length is None:
         known = [catalog.parts()[name].context for name in checkpoint.made_of]
         context_length = known[0] if known else DEFAULT_CONTEXT_LENGTH
-    theta = float(params.get("rope_theta", 10000.0))
+    theta = _rope_theta(params)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -242,9 +257,12 @@ def hf_config(checkpoint: Checkpoint, context_length: int | None = None) -> dict
     }
 
 
-def _rope_theta(config: dict) -> float:
-    nested = config.get("rope_parameters") or {}
-    return float(nested.get("rope_theta") or config.get("rope_theta") or 10000.0)
+def _rope_theta(config: dict):
+    """Return the base of the rotary angles; what is no number is left for the checks to name."""
+    nested = config.get("rope_parameters")
+    nested = nested.get("rope_theta") if isinstance(nested, dict) else None
+    theta = nested or config.get("rope_theta", 10000.0)
+    return float(theta) if type(theta) in (int, float) else theta
 
 
 def _ffn_parameters(dim: int, ffn: int) -> dict:

@@ -129,7 +129,17 @@ class Adapter:
         for name in self._file.tensors:
             plain = name.removeprefix("base_model.model.")
             if match := _LORA.fullmatch(plain):
-                self.pairs.setdefault(match["module"], {})[match["side"]] = name
+                sides = self.pairs.setdefault(match["module"], {})
+                other = sides.setdefault(match["side"], name)
+                shape = self.spec(name).shape
+                if other != name or len(shape) != 2 or 0 in shape:
+                    raise DamagedFile(
+                        f"{self.weights} holds '{name}' of shape {shape}"
+                        + (f", and '{other}', too." if other != name else "."),
+                        "There is one A and one B for each weight, and both are matrices.",
+                        "Save the adapter again, or download the original.",
+                        finding="damaged-file",
+                    )
             elif match := _WHOLE.fullmatch(plain):
                 if not match["original"]:  # PEFT may save the base's own embedding along
                     self._take_whole(match["module"], name)
@@ -149,6 +159,7 @@ class Adapter:
                     "Download the adapter again, and verify it.",
                     finding="damaged-file",
                 )
+        self._check_settings()
         promised = {name.split(".")[-1] for name in self.config.get("modules_to_save") or ()}
         for module in sorted(promised - {module.split(".")[-1] for module in self.whole}):
             raise DamagedFile(
@@ -157,6 +168,41 @@ class Adapter:
                 "Save it again with its modules_to_save, or download the original.",
                 finding="adapter-without-embeddings",
             )
+
+    def _check_settings(self) -> None:
+        """Refuse settings that cannot be read, or that are not of these matrices."""
+        try:
+            given = self.config.get("r")
+            scales = {module: self.scale(module) for module in self.pairs}
+            ranks = {m: self._pattern("rank_pattern", m, given) for m in self.pairs}
+            readable = all(map(math.isfinite, scales.values()))
+            saved = self.config.get("modules_to_save") or []
+            readable &= isinstance(saved, list) and all(isinstance(name, str) for name in saved)
+        except (TypeError, ValueError, AttributeError, re.error):
+            readable = False
+        if not readable:
+            raise DamagedFile(
+                f"{self.directory / 'adapter_config.json'} cannot be understood.",
+                "alpha_pattern, rank_pattern or modules_to_save is not what PEFT writes.",
+                "Download the adapter again.",
+                finding="damaged-file",
+            )
+        for module, rank in ranks.items():
+            found = self.spec(self.pairs[module]["A"]).rows
+            if rank is not None and rank != found:
+                raise DamagedFile(
+                    f"{self.directory} says rank {rank} for {module}, and its matrices have {found}.",
+                    "adapter_config.json is of another adapter, and so is the alpha in it.",
+                    "Bring both files from one place.",
+                    finding="damaged-file",
+                )
+
+    def _pattern(self, key: str, module: str, default):
+        """Return PEFT's setting for `module`: of the first pattern that its name ends in."""
+        for pattern, value in (self.config.get(key) or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                return value
+        return default
 
     def _take_whole(self, module: str, name: str) -> None:
         other = self.whole.setdefault(module, name)
@@ -187,11 +233,7 @@ class Adapter:
     def scale(self, module: str) -> float:
         """Return alpha / r for `module` (alpha / sqrt(r) for a rank-stabilised LoRA)."""
         rank = self.spec(self.pairs[module]["A"]).rows
-        alpha = self.config["lora_alpha"]
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = value
-                break
+        alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
 
@@ -282,6 +324,19 @@ def with_adapters(
 
 
 def _check_targets(base: Checkpoint, adapter: Adapter) -> None:
+    targets = adapter.config.get("target_modules")
+    some_layers = adapter.config.get("layers_to_transform") is not None
+    if isinstance(targets, list) and not some_layers and not adapter.config.get("exclude_modules"):
+        for name in base.tensors:
+            module = name.removesuffix(".weight")
+            adapted = any(module == t or module.endswith(f".{t}") for t in targets)
+            if adapted and module not in adapter.pairs and module not in adapter.whole:
+                raise Incompatible(
+                    f"The adapter {adapter.directory} has no matrices for {module}.",
+                    "Its adapter_config.json promises them, or it is for a model with fewer layers.",
+                    "Download the adapter again, and use the base that its card names.",
+                    finding="another-size",
+                )
     for module, pair in adapter.pairs.items():
         weight = base.tensors.get(f"{module}.weight")
         if weight is None:

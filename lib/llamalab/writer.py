@@ -13,7 +13,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -139,7 +138,7 @@ def write(
         DamagedFile: an input turned out bad on the way; the output directory is as it was.
     """
     out, began = Path(output_dir).expanduser().resolve(), time.monotonic()
-    _refuse_inputs_inside(out, checkpoint.inputs)
+    _refuse_bad_place(out, checkpoint.inputs)
     if checkpoint.layout == "meta":
         files = files | {"params.json": _json(checkpoint.config)}
     else:
@@ -187,20 +186,47 @@ def write(
     return Made(out, digest, len(checkpoint.tensors), total, seconds)
 
 
-def _refuse_inputs_inside(out: Path, inputs: list[Path]) -> None:
+def _refuse_bad_place(out: Path, inputs: list[Path]) -> None:
     for path in inputs:
-        if path.resolve().is_relative_to(out):
-            raise UsageError(
-                f"The output directory {out} holds an input: {path}.",
-                "Writing there could destroy what is being read.",
-                "Choose another --output-dir.",
-            )
+        # Where it is named as well as where it lies: a base may be a directory of links.
+        for place in (path.resolve(), path.parent.resolve() / path.name):
+            if place.is_relative_to(out):
+                raise UsageError(
+                    f"The output directory {out} holds an input: {path}.",
+                    "Writing there could destroy what is being read.",
+                    "Choose another --output-dir.",
+                )
+    if out.is_mount():
+        raise UsageError(
+            f"{out} is a file system of its own.",
+            "A finished model is put in its place by renaming, which cannot replace that.",
+            f"Give a directory inside it, as {out / 'model'}.",
+        )
+
+
+_OF_A_MODEL = re.compile(
+    r".*\.(json|safetensors|bin|pth|model|chk|md|jinja|unfinished)|LICENSE.*|\.gitattributes"
+)
+
+
+def _strangers(directory: Path) -> list[str]:
+    """Return what a directory holds that is no file of a model."""
+    names = sorted(path.name for path in directory.iterdir())
+    return [n for n in names if not _OF_A_MODEL.fullmatch(n) or (directory / n).is_dir()]
 
 
 def _refuse_to_replace_strangers(out: Path) -> None:
-    if not out.is_dir() or not any((out / n).is_file() for n in (RECORD, "config.json")):
+    try:
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    is_model = (out / RECORD).is_file() or (isinstance(config, dict) and "model_type" in config)
+    strangers = _strangers(out) if is_model else []
+    if not is_model or strangers:
         raise OutputExists(
-            f"{out} is not a model, and was left as it is.",
+            f"{out} is not a model, and was left as it is."
+            if not is_model
+            else f"{out} holds {strangers[0]}, which is no part of a model, and was left as it is.",
             "--overwrite replaces a model by a model, and nothing else.",
             "Choose another --output-dir, or remove what is there yourself.",
         )
@@ -221,29 +247,48 @@ def _write_shards(
 
     Returns tensor name -> sha256, those of the shards done before included.
     """
-    plan = {"inputs": [_key(entry) for entry in inputs], "settings": settings}
     hashes = {name: sha for shard in done.values() for name, sha in shard.items()}
+    stop = threading.Event()
+
+    def go_on(_: int) -> None:
+        if stop.is_set():
+            raise InterruptedError
+
     with (
         _one_thread(),
         ThreadPoolExecutor(1) as pool,
         ThreadPoolExecutor(1) as hashing,
         bytes_bar(checkpoint.total_bytes, "writing") as bar,
-        _HashedBeside(inputs, pool) as beside,
     ):
-
-        def advance(count: int) -> None:
-            bar.update(count)
-            beside.written += count
-
-        for shard, names in shards.items():
-            if shard in done:
-                advance(sum(checkpoint.tensors[name].nbytes for name in names))
-                continue
-            done[shard] = _write_shard(checkpoint, names, partial / shard, hashing, advance)
-            hashes |= done[shard]
-            _write_durably(partial / _JOURNAL, _json(plan | {"shards": done}))
-        beside.finish()
+        try:
+            # The inputs are hashed beside the writing, while their pages are in the cache.
+            sums = [pool.submit(hash_file, Path(e["path"]), on_bytes=go_on) for e in inputs]
+            for shard, names in shards.items():
+                if shard in done:
+                    bar.update(sum(checkpoint.tensors[name].nbytes for name in names))
+                    continue
+                done[shard] = _write_shard(checkpoint, names, partial / shard, hashing, bar.update)
+                hashes |= done[shard]
+                sizes = {name: (partial / name).stat().st_size for name in done}
+                journal = _plan(inputs, settings) | {"shards": done, "sizes": sizes}
+                _write_durably(partial / _JOURNAL, _json(journal))
+            for entry, result in zip(inputs, sums, strict=True):
+                entry["sha256"] = result.result()["sha256"]
+                _refuse_changed(entry)
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
     return hashes
+
+
+def _refuse_changed(entry: dict) -> None:
+    if _key(_stat(Path(entry["path"]))) != _key(entry):
+        raise DamagedFile(
+            f"{entry['path']} has changed while it was read.",
+            "What was made of it would be of two versions, and was removed.",
+            "Run the same command again, when the file stays as it is.",
+        )
 
 
 @contextlib.contextmanager
@@ -259,52 +304,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class _HashedBeside:
-    """The inputs' sha256, computed in a thread beside the writing.
-
-    It keeps near to what is being read for the writing, so that the disk is read once and the
-    other finds the pages in the cache, also when the inputs are larger than memory.
-    """
-
-    AHEAD = 2 * 10**9  # bytes
-
-    def __init__(self, inputs: list[dict], pool: ThreadPoolExecutor):
-        self._inputs, self.written, self._hashed = inputs, 0, 0
-        self._stop = threading.Event()
-        self._sums = [pool.submit(hash_file, Path(e["path"]), on_bytes=self._pace) for e in inputs]
-
-    def _pace(self, count: int) -> None:
-        self._hashed += count
-        while self._hashed - self.written > self.AHEAD and not self._stop.wait(0.01):
-            pass
-        if self._stop.is_set():
-            raise InterruptedError
-
-    def finish(self) -> None:
-        """Add the sums to the inputs' entries.
-
-        Raises:
-            DamagedFile: an input has changed while it was read.
-        """
-        self.written = math.inf  # nothing to keep near to any more
-        for entry, result in zip(self._inputs, self._sums, strict=True):
-            entry["sha256"] = result.result()["sha256"]
-            if _key(_stat(Path(entry["path"]))) != _key(entry):
-                raise DamagedFile(
-                    f"{entry['path']} has changed while it was read.",
-                    "What was made of it would be of two versions, and was removed.",
-                    "Run the same command again, when the file stays as it is.",
-                )
-
-    def __enter__(self) -> _HashedBeside:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stop.set()
-        for result in self._sums:
-            result.cancel()
 
 
 def _write_shard(
@@ -338,14 +337,8 @@ def _write_shard(
                 write_torch_archive(file, path.stem, specs, content)
             else:
                 write_safetensors(file, specs, content)
-    except BaseException as error:
+    except BaseException:
         unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NotEnoughRoom(
-                f"The disk is full at {path.parent}.",
-                "Something else has filled it since this began.",
-                "Make room, and run the same command again: it goes on after the last shard.",
-            ) from None
         raise
     os.replace(unfinished, path)
     return hashes
@@ -372,22 +365,15 @@ def _already_made(out: Path, inputs: list[dict], settings: dict) -> Made:
             small = {name: hash_file(out / name)["sha256"] for name in settings["files"]}
             if small == settings["files"] and set(made.tensors) == set(record["tensors"]):
                 digest, count = record["tensor_digest"], len(made.tensors)
+                (out / _JOURNAL).unlink(missing_ok=True)  # a run was cut off just before that
                 return Made(out, digest, count, made.total_bytes, 0.0, already=True)
-    if error is OutOfDate and (strangers := _strangers(out, settings)):
+    if error is OutOfDate and (strangers := _strangers(out)):
         error, why = OutputExists, f"{why} It also holds {strangers[0]}, which we did not make."
     raise error(
         f"{out} is not empty, and was left as it is.",
         why,
         "Choose another --output-dir, or add --overwrite to replace it.",
     )
-
-
-def _strangers(out: Path, settings: dict) -> list[str]:
-    """Return the files in a directory of ours that are not ours."""
-    ours = {*settings["files"], RECORD, "model.safetensors.index.json"}
-    weights = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|consolidated\.00\.pth")
-    names = sorted(path.name for path in out.iterdir())
-    return [name for name in names if name not in ours and not weights.fullmatch(name)]
 
 
 def _differs(entry: dict, old: dict) -> bool:
@@ -400,6 +386,14 @@ def _exclusive(out: Path) -> Iterator[Path]:
     """Hold and yield the work directory beside `out`; it goes again where nothing is to resume."""
     partial, aside = out.with_name(f".{out.name}.partial"), _aside(out)
     partial.mkdir(parents=True, exist_ok=True)
+    if partial.is_symlink() or (strangers := _strangers(partial)):
+        raise OutputExists(
+            f"{partial} is a link."
+            if partial.is_symlink()
+            else f"{partial} holds {strangers[0]}, which we did not make.",
+            "Work under way lies there, and what is there already would be lost.",
+            "Move it away, or choose another --output-dir.",
+        )
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         try:
@@ -413,13 +407,24 @@ def _exclusive(out: Path) -> Iterator[Path]:
                 "Two commands were given the same output directory.",
                 "Wait for the other one to end, then run this again.",
             )
-        if aside.exists() and not out.exists():
-            aside.rename(out)  # an earlier run was cut off between two renames
+        if aside.exists():  # an earlier run was cut off
+            if out.exists():
+                shutil.rmtree(aside)  # after both renames
+            else:
+                aside.rename(out)  # between the two
         try:
             yield partial
         except DamagedFile:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise NotEnoughRoom(
+                f"The disk is full at {partial}.",
+                "Something else has filled it since this began.",
+                "Make room, and run the same command again: it goes on after the last shard.",
+            ) from None
         finally:
             if partial.is_dir() and not any(partial.iterdir()):
                 partial.rmdir()
@@ -429,18 +434,26 @@ def _exclusive(out: Path) -> Iterator[Path]:
 
 def _resume(partial: Path, inputs: list[dict], settings: dict) -> dict[str, dict[str, str]]:
     """Return the finished shards of an earlier run of the same plan; remove anything else."""
-    journal = partial / _JOURNAL
+    journal, plan = partial / _JOURNAL, _plan(inputs, settings)
     done: dict = {}
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         held = json.loads(journal.read_text(encoding="utf-8"))
-        if held["inputs"] == [_key(e) for e in inputs] and held["settings"] == settings:
-            done = {
-                name: sums for name, sums in held["shards"].items() if (partial / name).exists()
-            }
+        if plan.items() <= held.items():
+            for name, sums in held["shards"].items():
+                # A power cut may have shortened a file that had its name already.
+                path = partial / name
+                if path.is_file() and path.stat().st_size == held["sizes"][name]:
+                    done[name] = sums
     for path in partial.iterdir():
         if path.name not in done and path != journal:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return done
+
+
+def _plan(inputs: list[dict], settings: dict) -> dict:
+    """Return what must be the same for a finished shard to be kept: the versions are part of it."""
+    keys = [_key(entry) for entry in inputs]
+    return {"inputs": keys, "settings": settings, "versions": _versions()}
 
 
 def _require_room(checkpoint: Checkpoint, shards: dict, done: dict, partial: Path) -> None:
@@ -510,11 +523,13 @@ def _sync_directory(path: Path) -> None:
 
 def _stat(path: Path) -> dict:
     stat = path.stat()
-    return {"path": str(path.absolute()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    # The last two change also where a copying program has set the time back.
+    times = {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns, "inode": stat.st_ino}
+    return {"path": str(path.absolute()), "size": stat.st_size} | times
 
 
 def _key(entry: dict) -> list:
-    return [entry["path"], entry["size"], entry["mtime_ns"]]
+    return [entry.get(k) for k in ("path", "size", "mtime_ns", "ctime_ns", "inode")]
 
 
 def _json(value: dict) -> bytes:
