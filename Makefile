@@ -47,6 +47,7 @@ test-heavy: setup ## Run the tests that take minutes, gigabytes or a GPU
 bench: setup ## Measure against cp and other programs (60 GB of disk, half an hour; ARGS="--size 1b")
 	@$(IN_ENV) python benchmarks/convert.py $(ARGS)
 	@$(IN_ENV) python benchmarks/merge.py $(ARGS)
+	@$(IN_ENV) python benchmarks/download.py
 
 clean: ## Remove .venv and runs; models are kept
 	@rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis lib/llamalab.egg-info
