@@ -157,6 +157,19 @@ def test_cut_off_at_the_renames_nothing_is_lost(family, tmp_path, monkeypatch, s
         assert (out / "model.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_the_old_model_is_kept_while_nothing_stands_in_its_place(family, tmp_path):
+    """Cut off between the two renames, and then somebody makes an empty directory."""
+    aside = tmp_path / ".out.replaced"
+    llamalab.convert(family / "base", tmp_path / "out", context_length=9)
+    (tmp_path / "out").rename(aside)
+    (tmp_path / "out").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "_write_shards", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llamalab.convert(family / "base", tmp_path / "out")
+    assert (aside / "model.safetensors").is_file()
+
+
 def test_a_link_to_another_disk_is_followed(family, tmp_path):
     (tmp_path / "big").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "big" / "model")

@@ -407,11 +407,10 @@ def _exclusive(out: Path) -> Iterator[Path]:
                 "Two commands were given the same output directory.",
                 "Wait for the other one to end, then run this again.",
             )
-        if aside.exists():  # an earlier run was cut off
-            if out.exists():
-                shutil.rmtree(aside)  # after both renames
-            else:
-                aside.rename(out)  # between the two
+        if aside.exists() and not out.exists():
+            aside.rename(out)  # an earlier run was cut off between two renames
+        elif aside.exists() and (out / RECORD).is_file():
+            shutil.rmtree(aside)  # or after both of them
         try:
             yield partial
         except DamagedFile:
