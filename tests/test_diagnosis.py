@@ -19,7 +19,7 @@ from llamalab import diagnosis, labworld, merging
 from llamalab.checkpoint import HFCheckpoint
 from llamalab.diagnosis import FINDINGS, PAGES, answer_loss, diagnose
 from llamalab.errors import LabError, LabWarning, NotFound, UsageError
-from llamalab.inference import load
+from llamalab.loading import load
 from llamalab.places import project_directory
 from llamalab.tokenizer import Tokenizer
 

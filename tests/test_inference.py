@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import llamalab
 from llamalab import labmodel, labworld
 from llamalab.errors import Incompatible, NotFound, UsageError
-from llamalab.inference import _Emitter, answer_all, load, pick_device
+from llamalab.inference import _Row, answer_all
+from llamalab.loading import load, pick_device
 from llamalab.templates import TEMPLATES
 from llamalab.tokenizer import Tokenizer
 
@@ -88,12 +92,14 @@ def test_streamed_text_is_the_answer_in_whole_characters(family):
     tokenizer = Tokenizer(family / "base")  # Chinese is bytes for it
     prompt, text = tokenizer.encode("the"), " 苹果 cat 植物"
     ids = tokenizer.encode("the" + text)[len(prompt) :]
-    given, emitter = [], None
-    emitter = _Emitter(tokenizer, prompt, [], given.append)
+    given, settings = [], {"max_new_tokens": 50, "stop": []}
+    model = SimpleNamespace(tokenizer=tokenizer, context_length=100)
+    row = _Row(model, "the", 0, settings, on_text=given.append)
     for end in range(1, len(ids) + 1):
-        emitter(torch.tensor([[*prompt, *ids[:end]]]))
-    emitter.finish()
-    assert "".join(given) == emitter.text == text
+        row.ends(ids[:end])
+    row.take(ids, tokenizer.eos)
+    row.finish()
+    assert "".join(given) == row.text == text
     assert not any("\ufffd" in piece for piece in given)
     assert "苹" in given
 
@@ -182,8 +188,100 @@ def test_batched_answers_are_the_single_ones(lab):
     prompts = [TEMPLATES["alpaca"].render(q.text) for q in chosen] + ["苹果", "它是什么？" * 5]
     batched = answer_all(model, prompts, batch_size=5)
     for prompt, answer in zip(prompts, batched, strict=True):
-        ids = model.tokenizer.encode(prompt)
-        single = model._sample(
-            ids, {"temperature": 0}, 48, 0, _Emitter(model.tokenizer, ids, (), None)
+        assert model.generate(prompt, temperature=0, max_new_tokens=48).text == answer
+
+
+SAMPLED = {"temperature": 3.0, "top_p": 0.99, "top_k": 0, "max_new_tokens": 20}
+
+
+def test_a_sampled_answer_does_not_depend_on_its_batch(lab):
+    model = load(lab / "chinese-alpaca-lab", device="cpu")
+    prompts = ["苹果是植物吗", "What is a dog?", "索尼最新的耳机", "苹果是植物吗"]
+    batch = model.generate_batch(prompts, template="alpaca", seeds=[5, 6, 7, 8], **SAMPLED)
+    for prompt, seed, answer in zip(prompts, (5, 6, 7, 8), batch, strict=True):
+        single = model.generate(prompt, template="alpaca", seed=seed, **SAMPLED)
+        assert single.answer_ids == answer.answer_ids and single.text == answer.text
+        assert answer.seed == seed
+    assert batch[0].answer_ids != batch[3].answer_ids  # equal prompts, other seeds
+
+
+def test_draws_follow_the_distribution_of_plain_sampling(model):
+    """The first token of many seeds, against the probabilities after transformers' warpers."""
+    logits = model.logits(model.tokenizer.encode("the"))[-1] / 1.3
+    kept = logits.topk(5)
+    wanted = dict(zip(kept.indices.tolist(), kept.values.softmax(0).tolist(), strict=True))
+    settings = {"temperature": 1.3, "top_k": 5, "top_p": 1, "repetition_penalty": 1.0}
+    count = 2000
+    answers = model.generate_batch(
+        ["the"] * count, seeds=range(count), max_new_tokens=1, **settings
+    )
+    eos = model.tokenizer.eos
+    drawn = Counter((answer.answer_ids or [eos])[0] for answer in answers)
+    assert set(drawn) <= set(wanted)
+    for token, share in wanted.items():
+        spread = (share * (1 - share) / count) ** 0.5
+        assert abs(drawn[token] / count - share) < 5 * spread + 1e-9
+
+
+def test_branching_from_an_answers_own_ids_gives_it_again(model):
+    for settings in ({"temperature": 0}, {"temperature": 1.5, "seed": 4}):
+        whole = model.generate("the cat", max_new_tokens=16, **settings)
+        given = []
+        again = model.generate(
+            "the cat",
+            max_new_tokens=16,
+            begin=whole.answer_ids[:6],
+            on_text=given.append,
+            **settings,
         )
-        assert model.tokenizer.continuation(ids, single) == answer
+        assert again.answer_ids == whole.answer_ids and "".join(given) == whole.text
+    other = model.generate("the cat", temperature=0, max_new_tokens=16, begin=[50, 51])
+    assert other.answer_ids[:2] == [50, 51] and other.answer_tokens <= 16
+
+
+def test_alternatives_are_the_models_own_probabilities(model):
+    answer = model.generate("the cat", temperature=0, max_new_tokens=6, alternatives=4)
+    ids = model.tokenizer.encode("the cat")
+    for place, step in enumerate(answer.steps):
+        shares = model.logits([*ids, *answer.answer_ids[:place]])[-1].softmax(0)
+        best = shares.topk(4)
+        assert step.id == answer.answer_ids[place] == step.top[0][0]
+        assert [token for token, _ in step.top] == best.indices.tolist()
+        assert step.probability == pytest.approx(shares[step.id].item(), rel=1e-4)
+        assert [share for _, share in step.top] == pytest.approx(best.values.tolist(), rel=1e-4)
+    assert len(answer.steps) == answer.answer_tokens == 6
+    assert model.generate("the cat", temperature=0, max_new_tokens=6).steps == []
+
+
+def test_an_answer_can_be_stopped_after_any_token(model):
+    whole = model.generate("the cat", temperature=0, max_new_tokens=20)
+    asked = []
+
+    def enough():
+        asked.append(1)
+        return len(asked) == 5
+
+    part = model.generate("the cat", temperature=0, max_new_tokens=20, stop_when=enough)
+    assert part.answer_ids == whole.answer_ids[:5] and whole.text.startswith(part.text)
+
+
+def test_a_batch_stops_each_row_at_its_own_stop_text(lab):
+    model = load(lab / "chinese-alpaca-lab", device="cpu")
+    prompts = ["苹果是植物吗", "索尼最新的耳机"]
+    how = {"template": "alpaca", "temperature": 0, "max_new_tokens": 40, "stop": ["，"]}
+    batch = model.generate_batch(prompts, seeds=[0, 0], **how)
+    for prompt, answer in zip(prompts, batch, strict=True):
+        single = model.generate(prompt, **how)
+        assert answer.text == single.text and answer.answer_ids == single.answer_ids
+
+
+def test_a_history_is_cut_by_tokens_from_its_oldest_turn(model):
+    turns = [("the cat sat", "on the mat"), ("the dog ran", "to the house"), ("the", "red")]
+    full = len(model.tokenizer.encode(model.text_for("cat", "alpaca", turns)))
+    model.context_length, kept = full + 10, model.context_length
+    try:
+        assert model.fitting_history("cat", "alpaca", turns, room=10) == turns
+        assert model.fitting_history("cat", "alpaca", turns, room=11) == turns[1:]
+        assert model.fitting_history("cat", "alpaca", turns, room=10**6) == []
+    finally:
+        model.context_length = kept

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from llamalab import catalog, labmodel, labworld
 from llamalab.checkpoint import MetaCheckpoint
 from llamalab.digest import read_checklist
-from llamalab.inference import answer_all, load
+from llamalab.inference import answer_all
+from llamalab.loading import load
 from llamalab.merging import Adapter, compose
 from llamalab.places import project_directory
 from llamalab.templates import TEMPLATES

@@ -15,8 +15,8 @@ _VERBS = {
     "verify": "verification",
     "convert": "conversion",
     "merge": "merging",
-    "load": "inference",
-    "generate": "inference",
+    "load": "loading",
+    "generate": "loading",
     "diagnose": "diagnosis",
     "run": "runner",
 }

@@ -324,7 +324,7 @@ def _merge(options) -> int:
 def _generate(options) -> int:
     if options.gpus is not None:  # before PyTorch is loaded, which looks at it once
         os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
-    from .inference import generate
+    from .loading import generate
 
     on_terminal = sys.stdout.isatty()
     answer = generate(

@@ -28,7 +28,8 @@ from . import catalog
 from .checkpoint import Checkpoint, open_checkpoint, read_json
 from .conversion import as_hf, permute, unpermute
 from .errors import LabError
-from .inference import Model, model_of, pick_device, template_mistake, unsound
+from .inference import Model, template_mistake
+from .loading import model_of, pick_device, unsound
 from .merging import Adapter, adapter_list, with_adapters
 from .places import locate
 from .progress import bytes_bar

@@ -1,8 +1,8 @@
 """Inference: a model in memory that answers prompts.
 
-`load` reads any checkpoint, a base with its adapters not yet merged included, through the same
-views that the writer uses, so that an unmerged model computes with exactly the merged weights.
-Text is encoded with SentencePiece, the tokenizer the models were trained with.
+Decoding is transformers' own. Ours is what surrounds it: SentencePiece, the tokenizer the models
+were trained with; chance that is fixed by seed and position, so that an answer does not depend on
+the prompts that were answered beside it; text given out in whole characters.
 """
 
 from __future__ import annotations
@@ -14,17 +14,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 
 from . import catalog
-from .checkpoint import Checkpoint
-from .environment import memory_available
-from .errors import Incompatible, LabWarning, NotEnoughRoom, NotFound, UsageError
-from .merging import compose
+from .errors import Incompatible, LabWarning, UsageError
 from .templates import TEMPLATES, Turn
-from .tokenizer import Tokenizer, fitting_model
+from .tokenizer import Tokenizer
 
 SAMPLING = {
     "temperature": 0.2,
@@ -39,13 +35,32 @@ SAMPLING = {
 ONE_THREAD_BELOW = 10_000_000
 """Parameters of a model that is answered by one thread on a CPU."""
 
+COMPILED_FROM = 1_000_000_000
+"""Parameters of a model whose decoding step is compiled on CUDA; below, it would not pay."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of an answer, and what else the model thought of there.
+
+    Attributes:
+        id: the token.
+        probability: the model's own for it, before temperature, top-k, top-p and penalty.
+        top: the most probable tokens, each (id, probability), the best first.
+    """
+
+    id: int
+    probability: float
+    top: list[tuple[int, float]] = field(repr=False)
+
 
 @dataclass(frozen=True)
 class Answer:
     """An answer and what is needed to get it again.
 
     `text` is the answer alone; `prompt` the exact text the model was given; `settings` every
-    setting in effect; `seconds` include reading the prompt.
+    setting in effect; `seconds` include reading the prompt, and for an answer of a batch they are
+    the whole batch's; `steps` has an entry a token where alternatives were asked for.
     """
 
     text: str
@@ -55,6 +70,7 @@ class Answer:
     seed: int
     settings: dict
     seconds: float
+    steps: list[Step] = field(default_factory=list, repr=False)
 
     @property
     def answer_tokens(self) -> int:
@@ -82,6 +98,7 @@ class Model:
         network: transformers' `LlamaForCausalLM`.
         tokenizer: the SentencePiece `Tokenizer`.
         context_length: the longest prompt and answer together, in tokens.
+        decoding: what transformers' `generate` is told besides, for speed.
         made_of: the catalogue's parts the weights are made of, where they are known.
         family: "llama", "alpaca", or "" where neither the parts nor the vocabulary tell.
     """
@@ -91,6 +108,9 @@ class Model:
         self.context_length = network.config.max_position_embeddings
         # Rows can be added for speed: it is the pieces that tell the family.
         self.family = catalog.family_of(made_of, len(tokenizer))
+        # With a cache of fixed size, transformers compiles the step into one CUDA graph.
+        large = network.device.type == "cuda" and network.num_parameters() >= COMPILED_FROM
+        self.decoding = {"cache_implementation": "static"} if large else {}
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +134,10 @@ class Model:
         max_new_tokens: int = SAMPLING["max_new_tokens"],
         seed: int | None = None,
         stop: Sequence[str] = (),
+        begin: Sequence[int] = (),
+        alternatives: int = 0,
         on_text: Callable[[str], None] | None = None,
+        stop_when: Callable[[], bool] | None = None,
     ) -> Answer:
         """Return the model's answer to `prompt`.
 
@@ -125,12 +148,78 @@ class Model:
             max_new_tokens: at most; the context length may end an answer earlier.
             seed: fixes the sampling; None draws one, which the answer tells.
             stop: texts that end the answer and are not part of it.
+            begin: ids that the answer starts with, counted among its tokens. With the first
+                ids of an earlier answer, and its settings and seed, that answer comes again.
+            alternatives: how many of the most probable tokens to keep for each step.
             on_text: called with each new piece of text, in whole characters.
+            stop_when: asked after each token; where it says True, the answer ends there.
 
         Raises:
             UsageError: a setting out of its range.
             Incompatible: the prompt leaves no room in the context.
         """
+        settings = self._settings(
+            template, temperature, top_p, top_k, repetition_penalty, max_new_tokens, stop
+        )
+        seed = random.randrange(2**31) if seed is None else seed
+        text = self.text_for(prompt, template, history)
+        row = _Row(self, text, seed, settings, begin, on_text)
+        return self._answers([row], settings, alternatives, stop_when)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        template: str = "none",
+        temperature: float = SAMPLING["temperature"],
+        top_p: float = SAMPLING["top_p"],
+        top_k: int = SAMPLING["top_k"],
+        repetition_penalty: float = SAMPLING["repetition_penalty"],
+        max_new_tokens: int = SAMPLING["max_new_tokens"],
+        seeds: Sequence[int],
+        stop: Sequence[str] = (),
+    ) -> list[Answer]:
+        """Return the answers to prompts that are computed at once, each with a seed of its own.
+
+        They are those that `generate` gives one by one, up to rounding: prompts are padded on the
+        left to one length, and in fp16 and bf16 that can tip a token that was nearly another.
+
+        Raises:
+            UsageError, Incompatible: as `generate`.
+        """
+        settings = self._settings(
+            template, temperature, top_p, top_k, repetition_penalty, max_new_tokens, stop
+        )
+        rows = [
+            _Row(self, self.text_for(prompt, template), seed, settings)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        return self._answers(rows, settings) if rows else []
+
+    def text_for(self, prompt: str, template: str, history: Sequence[Turn] = ()) -> str:
+        """Return the exact text that the model is given."""
+        text = TEMPLATES[template].render(prompt, history)
+        return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no character
+
+    def fitting_history(
+        self, prompt: str, template: str, history: Sequence[Turn], room: int
+    ) -> list[Turn]:
+        """Return the latest turns of `history` that leave `room` tokens for the answer.
+
+        Args:
+            room: tokens; where not even the prompt alone leaves as many, no turn is kept.
+        """
+        kept = list(history)
+        while kept:
+            length = len(self.tokenizer.encode(self.text_for(prompt, template, kept)))
+            if length + room <= self.context_length:
+                break
+            del kept[0]
+        return kept
+
+    def _settings(
+        self, template, temperature, top_p, top_k, repetition_penalty, max_new_tokens, stop
+    ) -> dict:
         settings = {
             "template": template,
             "temperature": temperature,
@@ -140,64 +229,84 @@ class Model:
             "max_new_tokens": max_new_tokens,
             "stop": [stop] if isinstance(stop, str) else list(stop),
         }
-        _check_settings(settings | {"seed": seed or 0})
+        check_settings(settings)
         if mistake := template_mistake(self.family, template):
-            warnings.warn(mistake, LabWarning, stacklevel=2)
-        text = TEMPLATES[template].render(prompt, history)
-        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no character
-        ids = self.tokenizer.encode(text)
-        room = self.context_length - len(ids)
-        if room < 1:
-            raise Incompatible(
-                f"The prompt has {len(ids)} tokens, and the context holds {self.context_length}.",
-                "The model was never trained on longer texts.",
-                "Shorten the prompt or the conversation.",
-                finding="long-prompt",
-            )
-        seed = random.randrange(2**31) if seed is None else seed
-        emitter = _Emitter(self.tokenizer, ids, settings["stop"], on_text)
+            warnings.warn(mistake, LabWarning, stacklevel=3)
+        return settings
+
+    def _answers(self, rows: list[_Row], settings: dict, alternatives=0, stop_when=None):
         began = time.perf_counter()
-        answer_ids = self._sample(ids, settings, min(max_new_tokens, room), seed, emitter)
-        seconds = time.perf_counter() - began
-        emitter.finish()
-        return Answer(emitter.text, text, len(ids), answer_ids, seed, settings, seconds)
+        with _fitting_threads(self.network), torch.inference_mode():
+            self._decode(rows, settings, stop_when)
+            seconds = time.perf_counter() - began
+            answers = []
+            for row in rows:
+                row.finish()
+                steps = self._steps(row, alternatives) if alternatives else []
+                answers.append(
+                    Answer(
+                        row.text,
+                        row.prompt,
+                        len(row.prompt_ids),
+                        row.answer_ids,
+                        row.seed,
+                        settings,
+                        seconds,
+                        steps,
+                    )
+                )
+        return answers
 
-    def _sample(self, ids, settings: dict, length: int, seed: int, emitter) -> list[int]:
-        prompt = torch.tensor([ids], device=self.device)
-        output = self.continued(
-            prompt, torch.ones_like(prompt), settings, length, seed, stopping_criteria=[emitter]
-        )
-        return output[0]
-
-    @torch.inference_mode()
-    def continued(
-        self, ids: torch.Tensor, mask: torch.Tensor, settings: dict, length: int, seed: int, **more
-    ) -> list[list[int]]:
-        """Return the new ids of each row of prompts `[batch, length]`, without EOS."""
-        sampling = {"do_sample": False}
-        if settings["temperature"] > 0:
-            sampling = {"do_sample": True, "top_k": settings["top_k"]}
-            for name in ("temperature", "top_p", "repetition_penalty"):
-                sampling[name] = float(settings[name])  # transformers refuses a plain 1
-        devices = [self.device] if self.device.type == "cuda" else []
+    def _decode(self, rows: list[_Row], settings: dict, stop_when=None) -> None:
+        """Let transformers continue every row; set the rows' `answer_ids`."""
+        starts = [[*row.prompt_ids, *row.answer_ids] for row in rows]
+        length = max(row.length - len(row.answer_ids) for row in rows)
+        if length < 1:
+            return
+        longest = max(map(len, starts))
+        # Padded with <unk>, id 0: a repetition penalty on EOS would draw the answers out.
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, start in enumerate(starts):
+            ids[i, longest - len(start) :] = torch.tensor(start)
+            mask[i, longest - len(start) :] = 1
         eos = self.tokenizer.eos
         # Rows without a piece must not come up; there are some where embeddings were padded.
         beyond = list(range(len(self.tokenizer), self.network.config.vocab_size))
-        # A caller's own random numbers stay as they are.
-        with torch.random.fork_rng(devices), _fitting_threads(self.network):
-            torch.manual_seed(seed)
-            output = self.network.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=length,
-                pad_token_id=eos,
-                eos_token_id=eos,
-                suppress_tokens=beyond or None,
-                **sampling,
-                **more,
+        more = {}
+        if settings["temperature"] > 0:
+            more["repetition_penalty"] = float(settings["repetition_penalty"])
+            more["logits_processor"] = [_Draw(rows, settings, longest)]
+        if stop_when or any(row.is_followed for row in rows):
+            more["stopping_criteria"] = [_Ends(rows, longest, stop_when)]
+        output = self.network.generate(
+            ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            max_new_tokens=length,
+            do_sample=False,
+            pad_token_id=eos,
+            eos_token_id=eos,
+            suppress_tokens=beyond or None,
+            **self.decoding,
+            **more,
+        )
+        for row, new in zip(rows, output[:, longest:].tolist(), strict=True):
+            row.take(new, eos)
+
+    def _steps(self, row: _Row, alternatives: int) -> list[Step]:
+        """Read prompt and answer once more, for the probabilities at every place."""
+        if not row.answer_ids:
+            return []
+        ids = torch.tensor([[*row.prompt_ids, *row.answer_ids]], device=self.device)
+        logits = self.network(ids, logits_to_keep=len(row.answer_ids) + 1).logits[0, :-1]
+        shares = logits.float().softmax(dim=-1).cpu()
+        best = shares.topk(min(alternatives, shares.shape[1]))
+        return [
+            Step(token, share[token].item(), list(zip(top, values, strict=True)))
+            for token, share, top, values in zip(
+                row.answer_ids, shares, best.indices.tolist(), best.values.tolist(), strict=True
             )
-        rows = output[:, ids.shape[1] :].tolist()
-        return [row[: row.index(eos)] if eos in row else row for row in rows]
+        ]
 
 
 @contextlib.contextmanager
@@ -230,50 +339,75 @@ def answer_all(
 ) -> list[str]:
     """Return the answers to whole prompts, templates included, computed in batches.
 
-    Prompts of about one length go together, padded on the left. Greedy answers are those that
-    `Model.generate` gives one by one; sampled ones all draw from one seed.
+    Prompts of about one length go together. Greedy answers are those that `Model.generate` gives
+    one by one; sampled ones all have the same seed.
     """
     settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    settings |= {"repetition_penalty": repetition_penalty}
-    tokenizer, answers = model.tokenizer, {}
-    encoded = {i: tokenizer.encode(text) for i, text in enumerate(prompts)}
-    order = sorted(encoded, key=lambda i: len(encoded[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        longest = len(encoded[chosen[-1]])
-        # Padded with <unk>, id 0: a repetition penalty on EOS would draw the answers out.
-        ids = torch.zeros(len(chosen), longest, dtype=torch.long, device=model.device)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(chosen):
-            ids[row, longest - len(encoded[i]) :] = torch.tensor(encoded[i])
-            mask[row, longest - len(encoded[i]) :] = 1
-        rows = model.continued(ids, mask, settings, max_new_tokens, seed)
-        for i, row in zip(chosen, rows, strict=True):
-            answers[i] = tokenizer.continuation(encoded[i], row)
+    settings |= {"repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens}
+    answers = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(model.tokenizer.encode(prompts[i])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LabWarning)  # the template is in the prompts already
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            texts = [prompts[i] for i in chosen]
+            found = model.generate_batch(texts, seeds=[seed] * len(texts), **settings)
+            answers |= {i: answer.text for i, answer in zip(chosen, found, strict=True)}
     return [answers[i] for i in range(len(prompts))]
 
 
-class _Emitter:
-    """Follows an answer token by token: gives out its text, and says when a stop text has come.
+class _Row:
+    """One answer while it grows: its ids, its text, and how much of that was given out.
 
-    transformers calls it as a stopping criterion after every token. Text that may still change
-    is held back: half of a character's bytes, or what could be the start of a stop text.
+    Text that may still change is held back: half of a character's bytes, or what could be the
+    start of a stop text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop, on_text):
-        self._tokenizer, self._prompt_ids = tokenizer, list(prompt_ids)
-        self._stop, self._on_text = [s for s in stop if s], on_text
+    def __init__(
+        self, model: Model, prompt: str, seed: int, settings: dict, begin=(), on_text=None
+    ):
+        check_seed(seed)
+        self.prompt, self.seed = prompt, seed
+        self._tokenizer = model.tokenizer
+        self.prompt_ids = model.tokenizer.encode(prompt)
+        self.answer_ids = list(begin)
+        room = model.context_length - len(self.prompt_ids)
+        if room < 1:
+            raise Incompatible(
+                f"The prompt has {len(self.prompt_ids)} tokens, and the context holds "
+                f"{model.context_length}.",
+                "The model was never trained on longer texts.",
+                "Shorten the prompt or the conversation.",
+                finding="long-prompt",
+            )
+        self.length = min(settings["max_new_tokens"], room)
+        """Tokens of the answer, at most."""
+        self._stop, self._on_text = [s for s in settings["stop"] if s], on_text
         self.text, self._given = "", 0
 
-    def __call__(self, input_ids: torch.Tensor, scores=None, **_) -> torch.Tensor:
-        new = input_ids[0, len(self._prompt_ids) :].tolist()
-        self.text = self._tokenizer.continuation(self._prompt_ids, new)
+    @property
+    def is_followed(self) -> bool:
+        return bool(self._stop or self._on_text)
+
+    def take(self, new: list[int], eos: int) -> None:
+        """Add the ids of a finished answer, up to EOS, and no more than fit."""
+        new = new[: new.index(eos)] if eos in new else new
+        self.answer_ids = [*self.answer_ids, *new][: self.length]
+
+    def ends(self, ids: list[int]) -> bool:
+        """Follow the answer, whose ids are now `ids`; return whether a stop text has come."""
+        self.text = self._tokenizer.continuation(self.prompt_ids, ids)
         ends = [at for at in map(self.text.find, self._stop) if at >= 0]
         if ends:
             self.text = self.text[: min(ends)]
         else:
             self._give(self._safe_length())
-        return torch.tensor([bool(ends)], device=input_ids.device)
+        return bool(ends)
+
+    def finish(self) -> None:
+        """The answer is over: give out what was held back."""
+        self.ends(self.answer_ids)
+        self._give(len(self.text))
 
     def _safe_length(self) -> int:
         length = len(self.text.rstrip("\ufffd"))
@@ -288,9 +422,62 @@ class _Emitter:
             self._on_text(self.text[self._given : length])
         self._given = max(self._given, length)
 
-    def finish(self) -> None:
-        """Give out what was held back: the answer is over."""
-        self._give(len(self.text))
+
+class _Ends:
+    """Says after each token which rows are over; transformers calls it, as a stopping criterion."""
+
+    def __init__(self, rows: list[_Row], start: int, stop_when):
+        self._rows, self._start, self._stop_when = rows, start, stop_when
+        self._begun = [list(row.answer_ids) for row in rows]
+
+    def __call__(self, input_ids: torch.Tensor, scores=None, **_) -> torch.Tensor:
+        if self._stop_when and self._stop_when():
+            over = [True] * len(self._rows)
+        else:
+            new = input_ids[:, self._start :].tolist()
+            over = [
+                row.is_followed and row.ends([*begun, *ids])
+                for row, begun, ids in zip(self._rows, self._begun, new, strict=True)
+            ]
+        return torch.tensor(over, device=input_ids.device)
+
+
+class _Draw:
+    """Draws each row's next token with the row's own random numbers.
+
+    transformers' sampling draws for a whole batch from one stream, so that an answer would depend
+    on its neighbours. Here the n-th token of an answer comes of the n-th number of its seed, on
+    every device. transformers calls this as a logits processor, and takes the largest logit.
+    """
+
+    def __init__(self, rows: list[_Row], settings: dict, start: int):
+        from transformers.generation import logits_process as parts
+
+        self._start = start - torch.tensor([len(row.answer_ids) for row in rows])
+        longest = max(row.length for row in rows)
+        # In float64, as a generator gives the same numbers however many are asked for.
+        generators = [torch.Generator().manual_seed(row.seed) for row in rows]
+        self._numbers = torch.stack(
+            [torch.rand(longest, generator=g, dtype=torch.float64) for g in generators]
+        )
+        self._warpers = parts.LogitsProcessorList()
+        if settings["temperature"] != 1:
+            self._warpers.append(parts.TemperatureLogitsWarper(float(settings["temperature"])))
+        if settings["top_k"] > 0:
+            self._warpers.append(parts.TopKLogitsWarper(settings["top_k"]))
+        if settings["top_p"] < 1:
+            self._warpers.append(parts.TopPLogitsWarper(float(settings["top_p"])))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        at = input_ids.shape[1] - self._start
+        numbers = self._numbers.gather(1, at[:, None]).float().to(scores.device)
+        shares = self._warpers(input_ids, scores).float().softmax(dim=-1)
+        reached = shares.cumsum(dim=-1)
+        # The first token at which the probabilities' sum is above the number. The largest number
+        # may round to the sum of all, above which there is none.
+        numbers = torch.minimum(numbers * reached[:, -1:], reached[:, -1:] * (1 - 1e-6))
+        chosen = torch.searchsorted(reached, numbers, right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
 def template_mistake(family: str, template: str) -> str:
@@ -305,7 +492,8 @@ def template_mistake(family: str, template: str) -> str:
     return ""
 
 
-def _check_settings(settings: dict) -> None:
+def check_settings(settings: dict) -> None:
+    """Raise UsageError for a setting of `Model.generate` that is out of its range."""
     if settings["template"] not in TEMPLATES:
         known = ", ".join(TEMPLATES)
         raise UsageError(f"There is no template '{settings['template']}'.", f"There are: {known}.")
@@ -315,7 +503,6 @@ def _check_settings(settings: dict) -> None:
         "top_k": (0, 10**6),
         "repetition_penalty": (0.01, 100),
         "max_new_tokens": (1, 10**6),
-        "seed": (0, 2**63 - 1),
     }
     if 0 < settings["temperature"] < 0.01:
         raise UsageError(
@@ -326,149 +513,7 @@ def _check_settings(settings: dict) -> None:
             raise UsageError(f"{name} is {settings[name]}; it must be between {low} and {high}.")
 
 
-def pick_device(device: str = "auto") -> torch.device:
-    """Return the device for "auto", "cpu", "cuda", "cuda:N" or "mps".
-
-    Auto picks CUDA, then Apple's MPS, then the CPU.
-
-    Raises:
-        UsageError: it is none of these.
-        NotFound: this machine does not have it.
-    """
-    if device == "auto":
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device("mps" if torch.backends.mps.is_available() else found)
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        wanted = None
-    if wanted is None or wanted.type not in ("cpu", "cuda", "mps"):
-        raise UsageError(
-            f"There is no device '{device}'.", "", "Use auto, cpu, cuda, cuda:1 or mps."
-        )
-    counts = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }
-    if (wanted.index or 0) >= counts[wanted.type]:
-        raise NotFound(
-            f"This machine has no device '{device}'.",
-            "PyTorch does not see it; 'llamalab check' tells what it sees.",
-            "Use --device auto, which takes the best one there is.",
-        )
-    return wanted
-
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def load(
-    base_model: str | Path,
-    lora_model: str | Path | Sequence[str | Path] | None = None,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    models_dir: str | Path = "",
-    force: bool = False,
-) -> Model:
-    """Load a model, adapters that are not merged yet included.
-
-    Args:
-        base_model: a directory in either layout, a catalogue name, or `hf:OWNER/REPO`.
-        lora_model: adapters to add, in order; they are merged in memory, exactly as on disk.
-        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        dtype: "float16", "bfloat16", "float32"; auto means the checkpoint's own on a GPU and
-            float32 on a CPU.
-        force: allow an adapter that the base contains already.
-
-    Raises:
-        LabError: nothing to load, parts that do not fit, or too little memory.
-    """
-    pick_device(device)  # a wrong name is said before anything is read
-    view = compose(base_model, lora_model, models_dir=models_dir, force=force)
-    return model_of(view, device=device, dtype=dtype)
-
-
-def model_of(view: Checkpoint, *, device: str = "auto", dtype: str = "auto") -> Model:
-    """Load a checkpoint in HF layout, a view with adapters included; otherwise as `load`."""
-    where = pick_device(device)
-    fitting_model(view)  # an id beyond the embedding would be an error far from its cause
-    if dtype not in (*DTYPES, "auto"):
-        raise UsageError(f"There is no dtype '{dtype}'.", "", f"Use auto, {', '.join(DTYPES)}.")
-    auto = torch.float32 if where.type == "cpu" else view.dtype
-    chosen = DTYPES.get(dtype, auto)
-    _require_memory(view, where, chosen)
-    return Model(_network(view, where, chosen), Tokenizer(view.tokenizer), view.made_of)
-
-
-def _require_memory(view: Checkpoint, where: torch.device, dtype: torch.dtype) -> None:
-    values = sum(spec.nbytes // spec.dtype.itemsize for spec in view.tensors.values())
-    needed = values * dtype.itemsize
-    if where.type == "cuda":
-        free = torch.cuda.mem_get_info(where)[0]
-    else:
-        free = memory_available() or needed
-    if needed > free:
-        raise NotEnoughRoom(
-            f"{values / 1e9:.1f} billion values of {dtype.itemsize} bytes need {needed / 1e9:.1f} GB "
-            f"on {where}, and {free / 1e9:.1f} GB are free.",
-            "The weights alone do not fit.",
-            "Use --dtype float16, another --device, or a smaller model.",
-        )
-
-
-def unsound(weights: torch.Tensor) -> str:
-    """Return what is wrong with the values of a weight or a block of it, or "".
-
-    One sum finds NaN and infinities; only where it is 0 are the values looked at.
-    """
-    total = weights.sum(dtype=torch.float32)
-    if not torch.isfinite(total):
-        return "hold NaN or infinite values"
-    return "are all zero" if total == 0 and not weights.any() else ""
-
-
-def _network(view: Checkpoint, where: torch.device, dtype: torch.dtype):
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
-
-    weights = {}
-    for name in view.tensors:
-        weights[name] = torch.cat(list(view.blocks(name))).to(dtype)
-        if fault := unsound(weights[name]):
-            text = f"The weights {name} {fault}: the answers will mean nothing."
-            warnings.warn(text, LabWarning, stacklevel=3)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        network = LlamaForCausalLM.from_pretrained(
-            None, config=LlamaConfig.from_dict(view.config), state_dict=weights, dtype=dtype
-        )
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    return network.to(where).eval()
-
-
-def generate(
-    base_model: str | Path,
-    prompt: str,
-    lora_model: str | Path | Sequence[str | Path] | None = None,
-    *,
-    with_prompt: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    models_dir: str | Path = "",
-    force: bool = False,
-    **settings,
-) -> Answer:
-    """Load a model and answer one prompt; `settings` are those of `Model.generate`.
-
-    Args:
-        with_prompt: put the alpaca template around `prompt`.
-    """
-    model = load(
-        base_model, lora_model, device=device, dtype=dtype, models_dir=models_dir, force=force
-    )
-    return model.generate(prompt, template="alpaca" if with_prompt else "none", **settings)
+def check_seed(seed: int) -> None:
+    """Raise UsageError for a seed that random numbers cannot be made from."""
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed is {seed}; it must be between 0 and {2**63 - 1}.")

@@ -31,8 +31,9 @@ import torch.nn.functional as F
 
 from . import labworld
 from .conversion import convert, names, unpermute
-from .inference import Model, answer_all, load
+from .inference import Model, answer_all
 from .labworld import Question, World
+from .loading import load
 from .merging import merge
 from .places import project_directory
 from .scoring import cjk_share, exact, first_line, wilson_interval
