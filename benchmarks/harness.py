@@ -99,7 +99,7 @@ def _run(contender: Contender, row: Row) -> None:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             break
-        held = _memory(process.pid)
+        held = memory(process.pid)
         row.anonymous = max(row.anonymous, held["RssAnon"])
         row.mapped = max(row.mapped, held["RssFile"])
         time.sleep(0.01)
@@ -112,7 +112,8 @@ def _run(contender: Contender, row: Row) -> None:
     row.read, row.written = 512 * usage.ru_inblock, 512 * usage.ru_oublock
 
 
-def _memory(pid: int) -> dict[str, int]:
+def memory(pid: int) -> dict[str, int]:
+    """Return the bytes that a process holds now: of its own (RssAnon), and of files (RssFile)."""
     held = {"RssAnon": 0, "RssFile": 0}
     try:
         with open(f"/proc/{pid}/status", encoding="ascii") as file:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llamalab import catalog
-from llamalab.errors import NotFound
+from llamalab.errors import NotFound, UsageError
 from llamalab.places import project_directory
 from llamalab.tokenizer import Tokenizer
 
@@ -74,3 +74,30 @@ def test_a_wrong_name_gets_the_nearest_ones():
     assert "chinese-llama-7b" in caught.value.why
     with pytest.raises(NotFound):
         catalog.parts_of("nothing like it")
+
+
+@pytest.fixture
+def own_catalogue(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMALAB_CATALOG", str(tmp_path / "own.toml"))
+    catalog._tables.cache_clear()
+    yield tmp_path / "own.toml"
+    catalog._tables.cache_clear()
+
+
+def test_models_of_your_own_come_on_top(own_catalogue):
+    own_catalogue.write_text(
+        '[base.mine]\nvocab = 10\nfolder = "7B"\n[base.mine.files]\n'
+        '"7B/params.json" = { size = 3 }\n'
+        '[model.ours]\nbase = "mine"\nadapters = ["chinese-llama-lora-7b"]\n'
+    )
+    model = catalog.model("ours")
+    assert model.base.files["7B/params.json"].size == 3 and model.family == "llama"
+    assert catalog.model("chinese-alpaca-lab").parts  # what is shipped is still there
+
+
+def test_a_catalogue_that_cannot_be_read_is_named(own_catalogue):
+    with pytest.raises(UsageError, match="own.toml"):
+        catalog.models()
+    own_catalogue.write_text("[base")
+    with pytest.raises(UsageError, match="own.toml"):
+        catalog.models()

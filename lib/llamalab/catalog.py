@@ -1,20 +1,22 @@
 """The catalogue: which models there are, of which parts they are made, what is known of each.
 
-The data stand in `catalog.toml` beside this file. A *part* is a base model or an adapter and
-has its own directory under the models directory; a *model* is one base and its adapters in
-the order they are merged.
+The data stand in `catalog.toml` beside this file; models of your own come on top from the file of
+the same form that `$LLAMALAB_CATALOG` names. A *part* is a base model or an adapter and has its
+own directory under the models directory; a *model* is one base and its adapters in the order they
+are merged.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from .errors import NotFound
+from .errors import NotFound, UsageError
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,12 @@ class Model:
 @cache
 def _tables() -> tuple[dict[str, Part], dict[str, Model]]:
     data = tomllib.loads(Path(__file__).with_name("catalog.toml").read_text(encoding="utf-8"))
+    if more := os.environ.get("LLAMALAB_CATALOG"):
+        try:
+            added = tomllib.loads(Path(more).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"LLAMALAB_CATALOG is {more}, which cannot be read: {error}.") from None
+        data = {kind: data[kind] | added.get(kind, {}) for kind in data}
     parts = {}
     for kind in ("base", "adapter"):
         for name, entry in data[kind].items():

@@ -194,8 +194,11 @@ def _network(view: Checkpoint, where: torch.device, dtype: torch.dtype, quantize
     from transformers.utils import logging
 
     weights = {}
-    for name in view.tensors:
-        weights[name] = torch.cat(list(view.blocks(name))).to(dtype)
+    for name, spec in view.tensors.items():
+        weights[name], at = torch.empty(spec.shape, dtype=dtype), 0
+        for block in view.blocks(name):
+            weights[name][at : at + len(block)] = block
+            at += len(block)
         if fault := unsound(weights[name]):
             text = f"The weights {name} {fault}: the answers will mean nothing."
             warnings.warn(text, LabWarning, stacklevel=3)
