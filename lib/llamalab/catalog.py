@@ -106,7 +106,9 @@ def _tables() -> tuple[dict[str, Part], dict[str, Model]]:
         try:
             added = tomllib.loads(Path(more).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UsageError(f"LLAMALAB_CATALOG is {more}, which cannot be read: {error}.") from None
+            raise UsageError(
+                f"LLAMALAB_CATALOG is {more}, which cannot be read: {error}."
+            ) from None
         data = {kind: data[kind] | added.get(kind, {}) for kind in data}
     parts = {}
     for kind in ("base", "adapter"):

@@ -162,12 +162,21 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("--output-type", default="huggingface", choices=["huggingface", "pth"])
     making(added)
 
-    added = command("generate", _generate, "Answer a prompt; standard output is the answer only.")
+    added = command("generate", _generate, "Answer prompts; standard output is the answer only.")
     added.add_argument("--base-model", required=True, metavar="M")
     added.add_argument("--lora-model", metavar="A[,B]", help="adapters that are not merged yet")
-    added.add_argument("--prompt", required=True, metavar="TEXT")
+    asked = added.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", metavar="TEXT")
+    asked.add_argument("--interactive", action="store_true", help="talk with the model")
+    asked.add_argument("--data-file", metavar="F", help="a prompt a line, or .jsonl with 'prompt'")
     added.add_argument(
-        "--with-prompt", action="store_true", help="put the alpaca template around the prompt"
+        "--predictions-file", metavar="F", help="where the answers to --data-file go, as JSON Lines"
+    )
+    added.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="prompts of --data-file at once"
+    )
+    added.add_argument(
+        "--with-prompt", action="store_true", help="put the alpaca template around each prompt"
     )
     added.add_argument("--temperature", type=float, default=0.2, help="0 is greedy; default 0.2")
     added.add_argument("--top-p", type=float, default=0.9, help="default 0.9")
@@ -180,7 +189,18 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("--only-cpu", dest="device", action="store_const", const="cpu")
     added.add_argument("--gpus", metavar="0", help="the GPUs to be seen, by number")
     added.add_argument("--dtype", default="auto", help="auto, float16, bfloat16 or float32")
+    added.add_argument("--quantize", choices=["8bit", "4bit"], help="less memory, less exact")
+    for bits in ("8bit", "4bit"):
+        added.add_argument(
+            f"--load-in-{bits}",
+            dest="quantize",
+            action="store_const",
+            const=bits,
+            help=f"as --quantize {bits}",
+        )
+    added.add_argument("--tokenizer-path", metavar="DIR", help="in place of the model's own")
     added.add_argument("--force", action="store_true", help="allow an adapter applied twice")
+    added.add_argument("--show-settings", action="store_true", help="tell every one in effect")
     places(added)
 
     added = command("diagnose", _diagnose, "Find what makes the answers of a model meaningless.")
@@ -322,32 +342,77 @@ def _merge(options) -> int:
 
 
 def _generate(options) -> int:
+    if bool(options.data_file) != bool(options.predictions_file):
+        raise UsageError("--data-file and --predictions-file belong together.")
     if options.gpus is not None:  # before PyTorch is loaded, which looks at it once
         os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
-    from .loading import generate
+    from .inference import check_seed, effective
+    from .loading import load
 
-    on_terminal = sys.stdout.isatty()
-    answer = generate(
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "stop")
+    settings = {name: getattr(options, name) for name in names}
+    settings["template"] = "alpaca" if options.with_prompt else "none"
+    settings = effective(settings)  # a wrong one is said before minutes of loading
+    check_seed(options.seed or 0)
+    if options.data_file:
+        from .predictions import read_prompts
+
+        read_prompts(options.data_file)
+    model = load(
         options.base_model,
-        options.prompt,
         options.lora_model,
-        with_prompt=options.with_prompt,
         device=options.device,
         dtype=options.dtype,
+        quantize=options.quantize,
+        tokenizer_path=options.tokenizer_path,
         models_dir=options.models_dir,
         force=options.force,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        repetition_penalty=options.repetition_penalty,
-        max_new_tokens=options.max_new_tokens,
+    )
+    if options.interactive and model.family == "alpaca":
+        settings["template"] = "alpaca"  # outside of it the family does not follow instructions
+    if options.show_settings:
+        dtype = str(model.network.dtype).removeprefix("torch.")
+        told = settings | {"seed": options.seed, "device": str(model.device), "dtype": dtype}
+        print(json.dumps(told, ensure_ascii=False), file=sys.stderr)
+    if options.interactive:
+        return _talk(model, settings, options)
+    if options.data_file:
+        return _predict(model, settings, options)
+    on_terminal = sys.stdout.isatty()
+    answer = model.generate(
+        options.prompt,
         seed=options.seed,
-        stop=options.stop,
         on_text=(lambda text: print(text, end="", flush=True)) if on_terminal else None,
+        **settings,
     )
     print("" if on_terminal else answer.text.strip())
     if options.seed is None and options.temperature > 0:
         print(f"seed {answer.seed}", file=sys.stderr)
+    return 0
+
+
+def _talk(model, settings: dict, options) -> int:
+    from .chat import Chat, talk
+
+    talk(Chat(model, settings | {"seed": options.seed}))
+    return 0
+
+
+def _predict(model, settings: dict, options) -> int:
+    from .predictions import predict
+
+    origin = {name: getattr(options, name) for name in ("base_model", "lora_model", "quantize")}
+    origin["dtype"] = str(model.network.dtype).removeprefix("torch.")
+    done = predict(
+        model,
+        options.data_file,
+        options.predictions_file,
+        settings=settings,
+        seed=options.seed,
+        origin=origin,
+        batch_size=options.batch_size,
+    )
+    print(done, file=sys.stderr)
     return 0
 
 

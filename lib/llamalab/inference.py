@@ -159,7 +159,13 @@ class Model:
             Incompatible: the prompt leaves no room in the context.
         """
         settings = self._settings(
-            template, temperature, top_p, top_k, repetition_penalty, max_new_tokens, stop
+            template=template,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
         )
         seed = random.randrange(2**31) if seed is None else seed
         text = self.text_for(prompt, template, history)
@@ -188,7 +194,13 @@ class Model:
             UsageError, Incompatible: as `generate`.
         """
         settings = self._settings(
-            template, temperature, top_p, top_k, repetition_penalty, max_new_tokens, stop
+            template=template,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
         )
         rows = [
             _Row(self, self.text_for(prompt, template), seed, settings)
@@ -217,20 +229,9 @@ class Model:
             del kept[0]
         return kept
 
-    def _settings(
-        self, template, temperature, top_p, top_k, repetition_penalty, max_new_tokens, stop
-    ) -> dict:
-        settings = {
-            "template": template,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "repetition_penalty": repetition_penalty if temperature > 0 else 1.0,
-            "max_new_tokens": max_new_tokens,
-            "stop": [stop] if isinstance(stop, str) else list(stop),
-        }
-        check_settings(settings)
-        if mistake := template_mistake(self.family, template):
+    def _settings(self, **settings) -> dict:
+        settings = effective(settings)
+        if mistake := template_mistake(self.family, settings["template"]):
             warnings.warn(mistake, LabWarning, stacklevel=3)
         return settings
 
@@ -490,6 +491,18 @@ def template_mistake(family: str, template: str) -> str:
     if family == "alpaca" and template == "none":
         return "The alpaca family follows instructions only inside its template (--with-prompt)."
     return ""
+
+
+def effective(settings: dict) -> dict:
+    """Return the settings that `Model.generate` goes by for those that it is given.
+
+    Raises:
+        UsageError: one is out of its range.
+    """
+    check_settings(settings)
+    stop = settings["stop"]
+    settings = settings | {"stop": [stop] if isinstance(stop, str) else list(stop)}
+    return settings if settings["temperature"] > 0 else settings | {"repetition_penalty": 1.0}
 
 
 def check_settings(settings: dict) -> None:

@@ -130,13 +130,7 @@ def memory_needed(view: Checkpoint, dtype: torch.dtype, quantize: str | None = N
     Cache and workspace are for a full context, of which short answers use a part.
     """
     config, width = view.config, dtype.itemsize
-    shape = Shape(
-        dim=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        ffn=config["intermediate_size"],
-    )
+    shape = shape_of(config)
     tokens = config["max_position_embeddings"]
     values = {name: spec.nbytes // spec.dtype.itemsize for name, spec in view.tensors.items()}
     inside = sum(count for name, count in values.items() if name.endswith("_proj.weight"))
@@ -149,17 +143,30 @@ def memory_needed(view: Checkpoint, dtype: torch.dtype, quantize: str | None = N
     }
 
 
+def shape_of(config: dict) -> Shape:
+    """Return the shape that a configuration of transformers tells."""
+    return Shape(
+        dim=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        ffn=config["intermediate_size"],
+    )
+
+
+def memory_free(where: torch.device) -> int | None:
+    """Return the bytes free on a device, or None where nobody can tell."""
+    return torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else memory_available()
+
+
 def _require_memory(view: Checkpoint, where, dtype: torch.dtype, quantize: str | None) -> None:
     def total(dtype: torch.dtype, quantize: str | None = None) -> int:
         parts = memory_needed(view, dtype, quantize)
         return sum(parts.values()) - (parts["runtime"] if where.type == "cuda" else 0)
 
     needed = total(dtype, quantize)
-    if where.type == "cuda":
-        free = torch.cuda.mem_get_info(where)[0]
-    else:
-        free = memory_available() or needed
-    if needed <= free:
+    free = memory_free(where)
+    if free is None or needed <= free:
         return
     smaller = {
         "--dtype bfloat16": total(torch.bfloat16),

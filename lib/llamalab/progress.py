@@ -30,7 +30,12 @@ class _LogBar(terminal_bar):
 
 def bytes_bar(total: int | None, description: str) -> terminal_bar:
     """Return a bar of bytes, rate and time left; a context manager with `update(count)`."""
-    settings = {"total": total, "desc": description, "unit": "B", "unit_scale": True}
+    return bar(total, description, unit="B", unit_scale=True)
+
+
+def bar(total: int | None, description: str, **more) -> terminal_bar:
+    """Return a bar of anything that is counted; `more` are tqdm's settings."""
+    settings = {"total": total, "desc": description, **more}
     if fitting_bar is not terminal_bar:
         return fitting_bar(**settings)
     if sys.stderr.isatty():

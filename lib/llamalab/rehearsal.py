@@ -20,7 +20,7 @@ from .containers import DirectFile, write_torch_archive
 from .conversion import names
 from .estimate import projections
 from .places import project_directory
-from .tokenizer import read_model
+from .tokenizer import extend, read_model
 
 SIZES = {
     "lab": Shape(dim=192, layers=4, heads=6, kv_heads=6, ffn=512),
@@ -133,7 +133,8 @@ def write_adapter(
     """Write an adapter as the Chinese-LLaMA-Alpaca project published them, for every projection.
 
     That is `adapter_model.bin` in fp16 with the whole embeddings of 49,953 pieces, and the entries
-    of a fork of PEFT in `adapter_config.json`.
+    of a fork of PEFT in `adapter_config.json`. `tokenizer.model` is the base's, the Chinese pieces
+    of the lab family after it, filled up in the same way.
     """
     shapes = {}
     for layer in range(shape.layers):
@@ -162,7 +163,9 @@ def write_adapter(
         "task_type": "CAUSAL_LM",
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    _fill_up(base_tokenizer, EXTENDED, folder / "tokenizer.model")
+    chinese = project_directory() / "data" / "lab" / "chinese-llama-lora-lab" / "tokenizer.model"
+    extend(base_tokenizer, chinese, folder / "tokenizer.model")
+    _fill_up(folder / "tokenizer.model", EXTENDED, folder / "tokenizer.model")
     return folder
 
 
