@@ -237,7 +237,7 @@ class Model:
 
     def _answers(self, rows: list[_Row], settings: dict, alternatives=0, stop_when=None):
         began = time.perf_counter()
-        with _fitting_threads(self.network), torch.inference_mode():
+        with fitting_threads(self.network), torch.inference_mode():
             self._decode(rows, settings, stop_when)
             seconds = time.perf_counter() - began
             answers = []
@@ -311,7 +311,7 @@ class Model:
 
 
 @contextlib.contextmanager
-def _fitting_threads(network) -> Iterator[None]:
+def fitting_threads(network) -> Iterator[None]:
     """Give a tiny model on the CPU one thread.
 
     Its products are too small to be shared: on two idle cores a second thread brings little,
