@@ -9,6 +9,8 @@ PYTHON ?=
 TORCH_INDEX ?=
 # 'make break CASE=twice': which of the broken models to make.
 CASE ?=
+# 'make rehearsal SIZE=1b': how large the made-up model is; 7b unless told.
+SIZE ?=
 # 'make run ARGS="04 -p model=chinese-alpaca-7b"': passed on to the command.
 ARGS ?=
 
@@ -19,7 +21,7 @@ BIN := $(if $(CONDA),$(CONDA),$(CURDIR)/.venv)/bin
 IN_ENV = PATH="$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab break test test-heavy bench clean
+.PHONY: help setup run lab break test test-heavy bench rehearsal clean
 
 help: ## Show this list
 	@echo "Usage: make TARGET (each one sets up what it needs first)"
@@ -48,6 +50,9 @@ bench: setup ## Measure against cp and other programs (60 GB of disk, half an ho
 	@$(IN_ENV) python benchmarks/convert.py $(ARGS)
 	@$(IN_ENV) python benchmarks/merge.py $(ARGS)
 	@$(IN_ENV) python benchmarks/download.py
+
+rehearsal: setup ## Run lessons 00 to 04 on made-up weights of true size (45 GB; SIZE=1b for less)
+	@$(IN_ENV) python benchmarks/rehearsal.py $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
 clean: ## Remove .venv and runs; models are kept
 	@rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis lib/llamalab.egg-info

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import os
 import random
 import time
 import warnings
@@ -264,17 +265,24 @@ class Model:
         length = max(row.length - len(row.answer_ids) for row in rows)
         if length < 1:
             return
+        # What all prompts begin with, a template's header perhaps, is read once for all of them.
+        shared = min(len(os.path.commonprefix(starts)), min(map(len, starts)) - 1)
+        shared = shared if len(rows) > 1 and not self.decoding else 0
         longest = max(map(len, starts))
-        # Padded with <unk>, id 0: a repetition penalty on EOS would draw the answers out.
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        # Padded with BOS, which each prompt holds: a repetition penalty meets nothing new.
+        ids = torch.full((len(rows), longest), self.tokenizer.bos)
         mask = torch.zeros_like(ids)
         for i, start in enumerate(starts):
-            ids[i, longest - len(start) :] = torch.tensor(start)
-            mask[i, longest - len(start) :] = 1
+            for place in (slice(shared), slice(longest - len(start) + shared, None)):
+                mask[i, place] = 1
+            ids[i, mask[i] == 1] = torch.tensor(start)
         eos = self.tokenizer.eos
         # Rows without a piece must not come up; there are some where embeddings were padded.
         beyond = list(range(len(self.tokenizer), self.network.config.vocab_size))
         more = {}
+        if shared:
+            more["past_key_values"] = self.network(ids[:1, :shared].to(self.device)).past_key_values
+            more["past_key_values"].batch_repeat_interleave(len(rows))
         if settings["temperature"] > 0:
             more["repetition_penalty"] = float(settings["repetition_penalty"])
             more["logits_processor"] = [_Draw(rows, settings, longest)]
