@@ -1,8 +1,8 @@
 """llamalab: from Meta's LLaMA files to a Chinese-speaking model, one checked step at a time.
 
 The verbs are functions, named as the commands are: `check, download, verify, convert, merge,
-load, generate, diagnose, run`. Each is imported on first use, so that `import llamalab` stays quick
-and converting or merging never loads transformers.
+load, generate, diagnose, export, run`. Each is imported on first use, so that `import llamalab`
+stays quick and converting or merging never loads transformers.
 """
 
 from importlib import import_module
@@ -18,6 +18,7 @@ _VERBS = {
     "load": "loading",
     "generate": "loading",
     "diagnose": "diagnosis",
+    "export": "exporting",
     "run": "runner",
 }
 

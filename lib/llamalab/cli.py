@@ -222,6 +222,17 @@ def build_parser() -> argparse.ArgumentParser:
     places(added)
     as_json(added)
 
+    added = command("export", _export, "Write a model as one file for llama.cpp.")
+    added.add_argument("--model", required=True, metavar="M", help="in Meta or HF layout")
+    added.add_argument("--lora-model", metavar="A[,B]", help="adapters that are not merged yet")
+    added.add_argument("--model-size", metavar="7B", help="the size folder, if there are several")
+    added.add_argument("--to", required=True, choices=["gguf"])
+    added.add_argument("--output", required=True, metavar="FILE")
+    added.add_argument("--type", default="f16", choices=["f16", "q8_0"], help="default f16")
+    added.add_argument("--context-length", type=_positive, metavar="N")
+    added.add_argument("--overwrite", action="store_true", help="replace another GGUF file")
+    places(added)
+
     added = command("run", _run, "Run the course, or some of its notebooks, without a reader.")
     added.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="a path, or 04")
     added.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", dest="parameters")
@@ -429,6 +440,24 @@ def _diagnose(options) -> int:
         models_dir=options.models_dir,
     )
     return _print_report(diagnosis, options.json)
+
+
+def _export(options) -> int:
+    from .exporting import export
+
+    made = export(
+        options.model,
+        options.output,
+        options.lora_model,
+        to=options.to,
+        type=options.type,
+        model_size=options.model_size,
+        context_length=options.context_length,
+        overwrite=options.overwrite,
+        models_dir=options.models_dir,
+    )
+    print(made)
+    return 0
 
 
 def _run(options) -> int:

@@ -152,7 +152,7 @@ def write(
         "max_shard_size": parse_size(max_shard_size),
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
-    inputs = [_stat(path) for path in dict.fromkeys(checkpoint.inputs)]
+    inputs = [state_of(path) for path in dict.fromkeys(checkpoint.inputs)]
     with _exclusive(out) as partial:
         if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
             try:
@@ -255,7 +255,7 @@ def _write_shards(
             raise InterruptedError
 
     with (
-        _one_thread(),
+        one_thread(),
         ThreadPoolExecutor(1) as pool,
         ThreadPoolExecutor(1) as hashing,
         bytes_bar(checkpoint.total_bytes, "writing") as bar,
@@ -274,7 +274,7 @@ def _write_shards(
                 _write_durably(partial / _JOURNAL, _json(journal))
             for entry, result in zip(inputs, sums, strict=True):
                 entry["sha256"] = result.result()["sha256"]
-                _refuse_changed(entry)
+                refuse_changed(entry)
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -282,8 +282,8 @@ def _write_shards(
     return hashes
 
 
-def _refuse_changed(entry: dict) -> None:
-    if _key(_stat(Path(entry["path"]))) != _key(entry):
+def refuse_changed(entry: dict) -> None:
+    if _key(state_of(Path(entry["path"]))) != _key(entry):
         raise DamagedFile(
             f"{entry['path']} has changed while it was read.",
             "What was made of it would be of two versions, and was removed.",
@@ -292,7 +292,7 @@ def _refuse_changed(entry: dict) -> None:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Compute with one thread of PyTorch's: the sums beside it need the other cores.
 
     Its blocks are too small to be shared anyway, and threads that wait for each other on busy
@@ -477,7 +477,7 @@ def _aside(out: Path) -> Path:
 
 def _put_in_place(partial: Path, out: Path, overwrite: bool) -> None:
     """Rename the finished work directory to `out`, durably; an old `out` goes only then."""
-    _sync_directory(partial)
+    sync_directory(partial)
     aside = _aside(out)
     if overwrite and out.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -493,8 +493,8 @@ def _put_in_place(partial: Path, out: Path, overwrite: bool) -> None:
             "Empty it, and run the same command again.",
         ) from None
     (out / _JOURNAL).unlink(missing_ok=True)  # kept until now, to be resumed to the last
-    _sync_directory(out)
-    _sync_directory(out.parent)
+    sync_directory(out)
+    sync_directory(out.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -512,7 +512,7 @@ def _write_durably(path: Path, content: bytes) -> None:
     os.replace(unfinished, path)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -520,7 +520,7 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _stat(path: Path) -> dict:
+def state_of(path: Path) -> dict:
     stat = path.stat()
     # The last two change also where a copying program has set the time back.
     times = {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns, "inode": stat.st_ino}
