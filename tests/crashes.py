@@ -21,7 +21,7 @@ from llamalab.writer import RECORD
 
 SERVER = """
 import json, os, sys
-from llamalab import cli, conversion, merging
+from llamalab import cli, conversion, exporting, merging
 for line in sys.stdin:
     arguments, error_file = json.loads(line)
     pid = os.fork()

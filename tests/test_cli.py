@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-COMMANDS = ("check", "models", "download", "verify", "convert", "merge", "generate", "run")
+COMMANDS = "check models download verify convert merge generate export run".split()
 
 
 def llamalab(*arguments, cwd=None, models=None, check=None):

@@ -133,7 +133,7 @@ def as_meta(checkpoint: Checkpoint) -> Checkpoint:
         raise Incompatible(
             f"The model scales its rotary positions ({scaling}), which Meta's layout cannot say.",
             "The same weights would answer differently there.",
-            "Use --output-type huggingface.",
+            "Use the model in HF layout, which --output-type huggingface gives.",
         )
     name_of = names(config["num_hidden_layers"])
     _check_names(checkpoint, set(name_of.values()))

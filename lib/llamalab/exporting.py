@@ -8,14 +8,10 @@ rows pass through one block at a time, as in `writer`. Format: the GGUF specific
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import io
 import math
 import os
 import shutil
-import stat
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,20 +25,12 @@ from . import catalog
 from .checkpoint import Checkpoint, TensorSpec, raw_bytes
 from .containers import DirectFile
 from .conversion import as_meta
-from .errors import (
-    DamagedFile,
-    Incompatible,
-    LabWarning,
-    NotEnoughRoom,
-    NotFound,
-    OutputExists,
-    UsageError,
-)
+from .errors import Incompatible, LabWarning, NotEnoughRoom, NotFound, OutputExists, UsageError
 from .estimate import size_text
 from .merging import compose
 from .progress import bytes_bar
 from .tokenizer import fitting_model, proto
-from .writer import one_thread, refuse_changed, state_of, sync_directory
+from .writer import exclusive, one_thread, refuse_changed, state_of, sync_directory
 
 try:
     import gguf
@@ -130,16 +118,17 @@ def export(
         context_length=context_length,
         models_dir=models_dir,
     )
-    plan, already = _Plan(view, type, out.stem), True
-    with _exclusive(out) as partial:
-        if not out.exists() or not plan.written_in(out):
-            if out.exists():
-                _refuse_to_replace(out, overwrite)
-            plan.write(partial)
-            os.replace(partial, out)
+    plan = _Plan(view, type, out.stem)
+    with exclusive(out) as partial:
+        unfinished = partial / "gguf.unfinished"
+        already = out.exists() and plan.written_in(out)
+        if not already:
+            _refuse_to_replace(out, overwrite)
+            plan.write(unfinished)
+            _refuse_to_replace(out, overwrite)  # something may have come there meanwhile
+            os.replace(unfinished, out)
             sync_directory(out.parent)
-            already = False
-    return Exported(out, type, len(plan.kinds), plan.size, time.monotonic() - began, already)
+        return Exported(out, type, len(plan.kinds), plan.size, time.monotonic() - began, already)
 
 
 class _Plan:
@@ -158,9 +147,9 @@ class _Plan:
         writer = gguf.GGUFWriter(None, "llama")
         _describe(writer, checkpoint, view.config, type, name)
         known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, view.config["n_layers"])
-        for name, kind in self.kinds.items():
-            shape, nbytes = view.tensors[name].shape, self._nbytes(name)
-            theirs = known.get_name(name, try_suffixes=(".weight",))
+        for metas, kind in self.kinds.items():
+            shape, nbytes = view.tensors[metas].shape, self._nbytes(metas)
+            theirs = known.get_name(metas, try_suffixes=(".weight",))
             writer.add_tensor_info(theirs, shape, numpy.float16, nbytes, raw_dtype=kind)
         # Given a file of its own, in memory, it leaves the bytes of the tensors to us.
         header = io.BytesIO()
@@ -189,42 +178,43 @@ class _Plan:
         if path.stat().st_size != self.size:
             return False
         with open(path, "rb") as file, bytes_bar(self.size, "comparing") as bar, one_thread():
-            return all(
-                file.read(len(data)) == data and (bar.update(len(data)) or True)
-                for data in self._content()
-            )
+            for data in self._content():
+                if file.read(len(data)) != data:
+                    return False
+                bar.update(len(data))
+        return True
 
-    def write(self, path: Path) -> None:
-        """Write the file to `path`; on return it is on the disk.
+    def write(self, unfinished: Path) -> None:
+        """Write the file to `unfinished`; on return it is on the disk, after an error it is gone.
 
         Raises:
-            NotEnoughRoom: before a byte is written, or when the disk has filled up meanwhile.
-            DamagedFile: an input has changed meanwhile, or holds values that are none.
-            Incompatible: a value is too large for its encoding.
+            NotEnoughRoom: before a byte is written.
+            DamagedFile: an input has changed meanwhile.
+            Incompatible: a value is none, or too large for its encoding.
         """
-        needed, free = self.size + 2**26, shutil.disk_usage(path.parent).free
+        needed, free = self.size + 2**26, shutil.disk_usage(unfinished.parent).free
         if free < needed:
             raise NotEnoughRoom(
-                f"{size_text(needed)} are needed at {path.parent}, and {size_text(free)} are free.",
+                f"{size_text(needed)} are needed in {unfinished.parent.parent}, "
+                f"and {size_text(free)} are free.",
                 "The file is written whole before anything is replaced.",
                 "Make room, or choose an --output on another disk.",
             )
         inputs = [state_of(file) for file in dict.fromkeys(self._view.inputs)]
         try:
-            with one_thread(), bytes_bar(self.size, "exporting") as bar, DirectFile(path) as file:
+            with (
+                one_thread(),
+                bytes_bar(self.size, "exporting") as bar,
+                DirectFile(unfinished) as file,
+            ):
                 for data in self._content():
                     file.write(data)
                     bar.update(len(data))
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise NotEnoughRoom(
-                f"The disk is full at {path}.",
-                "Something else has filled it since this began.",
-                "Make room, and run the same command again.",
-            ) from None
-        for entry in inputs:
-            refuse_changed(entry)
+            for entry in inputs:
+                refuse_changed(entry)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
 
 
 def _padded(nbytes: int) -> int:
@@ -243,19 +233,13 @@ def _encoded(name: str, block: torch.Tensor, kind) -> memoryview:
     """Return the bytes of `block`, rows of the tensor `name`, in the encoding `kind`."""
     low, high = torch.aminmax(block)
     largest = float(torch.maximum(-low, high))
-    if not math.isfinite(largest):
-        raise DamagedFile(
-            f"Tensor {name} holds NaN or infinite values.",
-            "No program could answer with them.",
-            "Verify the model's files; nothing was written.",
-            finding="unsound-values",
-        )
-    if largest > LARGEST[kind.name]:
+    if not largest <= LARGEST[kind.name]:  # nor where it is NaN
         raise Incompatible(
             f"Tensor {name} holds a value of size {largest:g}, "
-            f"and {kind.name.lower()} ends at {LARGEST[kind.name]:,.0f}.",
-            f"The weights are in {str(block.dtype).removeprefix('torch.')}, which reaches farther.",
-            "Nothing was written; use --type q8_0, or the model as it is.",
+            f"and {kind.name.lower()} ends at {LARGEST[kind.name]:g}.",
+            "Written as infinite or as none, it would make every answer meaningless.",
+            "Verify the model's files; where the value is sound, q8_0 reaches farther than f16.",
+            finding="unsound-values",
         )
     if kind == gguf.GGMLQuantizationType.Q8_0:
         return gguf.quants.quantize(block.float().numpy(), kind).reshape(-1).data
@@ -305,7 +289,6 @@ def _describe_tokenizer(writer, model: proto.ModelProto, rows: int) -> None:
     pieces += [(f"<unused {i}>", 0.0, filler) for i in range(len(pieces), rows)]
     texts, scores, types = zip(*pieces, strict=True)
     writer.add_tokenizer_model("llama")  # llama.cpp's word for SentencePiece's BPE
-    writer.add_tokenizer_pre("default")
     writer.add_token_list(texts)
     writer.add_token_scores(scores)
     writer.add_token_types(types)  # the two number them alike
@@ -317,66 +300,23 @@ def _describe_tokenizer(writer, model: proto.ModelProto, rows: int) -> None:
     if (pad := trained.pad_id if trained.pad_id >= 0 else appended_pad) >= 0:
         writer.add_pad_token_id(pad)
     writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
     writer.add_add_space_prefix(normal.add_dummy_prefix)
 
 
-def _is_gguf(descriptor: int) -> bool:
-    return os.pread(descriptor, 4, 0) == b"GGUF"
-
-
 def _refuse_to_replace(out: Path, overwrite: bool) -> None:
+    """Refuse to replace what lies at `out`, if anything does: it is not what would be written."""
+    if not out.exists():
+        return
     with open(out, "rb") as file:
-        ours = _is_gguf(file.fileno())
-    if not ours or not overwrite:
+        if file.read(4) != b"GGUF":
+            raise OutputExists(
+                f"{out} is no GGUF file, and was left as it is.",
+                "--overwrite replaces a GGUF file by another, and nothing else.",
+                "Choose another --output, or remove what is there yourself.",
+            )
+    if not overwrite:
         raise OutputExists(
             f"{out} exists, and was left as it is.",
-            "It is other than this export would be: of another model, another type or version."
-            if ours
-            else "It is no GGUF file, and --overwrite replaces nothing else.",
-            "Choose another --output" + (", or add --overwrite to replace it." if ours else "."),
+            "It was made of another model, as another type, or by another version.",
+            "Choose another --output, or add --overwrite to replace it.",
         )
-
-
-@contextlib.contextmanager
-def _exclusive(out: Path) -> Iterator[Path]:
-    """Hold and yield `OUT.partial`; it goes again unless it has become OUT."""
-    partial = out.with_name(out.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR):
-            raise
-        raise _in_the_way(partial) from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat())
-        except BlockingIOError:
-            held = False
-        if not held:
-            raise OutputExists(
-                f"Another process is writing {partial.name}.",
-                "Two commands were given the same output.",
-                "Wait for the other one to end, then run this again.",
-            )
-        found = os.fstat(descriptor)
-        plain = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
-        if not plain or (found.st_size and not _is_gguf(descriptor)):
-            raise _in_the_way(partial)
-        try:
-            yield partial
-        finally:
-            if partial.exists() and os.path.samestat(found, partial.stat()):
-                partial.unlink()
-    finally:
-        os.close(descriptor)
-
-
-def _in_the_way(partial: Path) -> OutputExists:
-    return OutputExists(
-        f"{partial} is something that we did not make.",
-        "Work under way lies there, and what is there already would be lost.",
-        "Move it away, or choose another --output.",
-    )

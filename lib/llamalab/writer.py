@@ -153,7 +153,7 @@ def write(
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
     inputs = [state_of(path) for path in dict.fromkeys(checkpoint.inputs)]
-    with _exclusive(out) as partial:
+    with exclusive(out) as partial:
         if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
             try:
                 return _already_made(out, inputs, settings)
@@ -382,7 +382,7 @@ def _differs(entry: dict, old: dict) -> bool:
 
 
 @contextlib.contextmanager
-def _exclusive(out: Path) -> Iterator[Path]:
+def exclusive(out: Path) -> Iterator[Path]:
     """Hold and yield the work directory beside `out`; it goes again where nothing is to resume."""
     partial, aside = out.with_name(f".{out.name}.partial"), _aside(out)
     partial.mkdir(parents=True, exist_ok=True)
@@ -422,7 +422,7 @@ def _exclusive(out: Path) -> Iterator[Path]:
             raise NotEnoughRoom(
                 f"The disk is full at {partial}.",
                 "Something else has filled it since this began.",
-                "Make room, and run the same command again: it goes on after the last shard.",
+                "Make room, and run the same command again.",
             ) from None
         finally:
             if partial.is_dir() and not any(partial.iterdir()):
