@@ -30,6 +30,7 @@ def test_the_course_is_complete():
         "00_environment", "01_download_and_verify", "02_convert", "03_merge", "04_inference",
         "05_why_english",
     ]  # fmt: skip
+    assert "07_export" in IDS
 
 
 def test_form(lesson):
