@@ -259,6 +259,7 @@ def test_rows_left_where_they_are_give_other_answers(lab, tmp_path, world, monke
 
 def test_grouped_heads_and_metas_files_in_llama_cpp(family, tmp_path):
     tensors, params = synthetic.meta_tensors(dim=128, heads=8, kv_heads=2)
+    params |= {"rope_theta": 500.0, "norm_eps": 0.1}
     synthetic.write_meta(tmp_path / "base" / "7B", tensors, params)
     tokenizer = family / "base" / "tokenizer.model"
     (tmp_path / "base" / "tokenizer.model").write_bytes(tokenizer.read_bytes())
@@ -332,6 +333,9 @@ def test_nothing_but_a_gguf_file_is_replaced(family, copied, tmp_path):
     notes = tmp_path / "notes.gguf"
     notes.write_text("mine")
     base = copied("base-hf")
+    os.mkfifo(tmp_path / "pipe")  # to read from it would wait for ever
+    with pytest.raises(OutputExists, match="left as it is"):
+        llamalab.export(base, tmp_path / "pipe", overwrite=True)
     for out in (notes, base / "model.safetensors"):
         before = out.read_bytes()
         with pytest.raises(OutputExists, match="left as it is"):
@@ -412,6 +416,11 @@ def test_a_wrong_tokenizer_or_setting_is_refused_before_a_byte_is_written(copied
     (base / "config.json").write_text(json.dumps(scaled))
     with pytest.raises(Incompatible, match="rotary"):
         llamalab.export(base, out)
+    for context in ("2048", 0, 2**40):
+        wrong = json.dumps(config | {"max_position_embeddings": context})
+        (base / "config.json").write_text(wrong)
+        with pytest.raises(DamagedFile, match="max_position_embeddings"):
+            llamalab.export(base, out)
     (base / "config.json").write_text(json.dumps(config))
     model = read_model(base / "tokenizer.model")
     model.normalizer_spec.remove_extra_whitespaces = True
@@ -498,6 +507,14 @@ def large(tmp_path_factory):
     return root
 
 
+def length(path: Path) -> int:
+    """Return a file's length in bytes, -1 where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
 @pytest.mark.parametrize("type", exporting.TYPES)
 def test_killed_at_twenty_random_points(runs, large, tmp_path, type):
     out, chance = tmp_path / "m.gguf", random.Random(3)
@@ -508,12 +525,13 @@ def test_killed_at_twenty_random_points(runs, large, tmp_path, type):
     partial, cut = tmp_path / ".m.gguf.partial" / "gguf.unfinished", 0
     for number in range(20):
         out.unlink(missing_ok=True)
-        if writing := number % 2:  # every other time while it writes, else at any time
+        at = int(chance.uniform(0, 0.7) * len(wanted))
+        if number % 2:  # every other time while it writes, else at any time
             partial.unlink(missing_ok=True)
         pid = runs.start(*command)
-        while writing and not partial.exists():
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, undisturbed / 8 if writing else undisturbed))
+        while number % 2 and not out.exists() and length(partial) < at:
+            time.sleep(0.0005)
+        time.sleep(0 if number % 2 else chance.uniform(0, undisturbed))
         runs.signal(pid, signal.SIGKILL)
         runs.end()
         assert not out.exists() or out.read_bytes() == wanted
@@ -528,7 +546,7 @@ def test_interrupted_it_is_tidy(runs, large, tmp_path):
     partial = tmp_path / ".m.gguf.partial" / "gguf.unfinished"
     command = ["export", "--model", large, "--to", "gguf", "--type", "q8_0", "--output", out]
     pid = runs.start(*command)
-    while not (partial.exists() and partial.stat().st_size):
+    while length(partial) < 1:
         time.sleep(0.001)
     runs.signal(pid, signal.SIGINT)
     assert runs.end() == 130 and not any(tmp_path.iterdir())

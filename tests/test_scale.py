@@ -77,6 +77,10 @@ def test_memory_does_not_grow_with_the_model(tmp_path, size, shards, layers):
         shutil.rmtree(tmp_path / "hf")
         assert peak_memory("merge", "--base-model", base, *to) < 300e6
         assert HFCheckpoint(out).vocab_size == rehearsal.EXTENDED
+        shutil.rmtree(out)
+        for kind in ("f16", "q8_0"):
+            to = ("--to", "gguf", "--type", kind, "--output", tmp_path / "m.gguf", "--overwrite")
+            assert peak_memory("export", "--model", base, "--lora-model", adapter, *to) < 300e6
     finally:
         shutil.rmtree(tmp_path)
 

@@ -25,7 +25,15 @@ from . import catalog
 from .checkpoint import Checkpoint, TensorSpec, raw_bytes
 from .containers import DirectFile
 from .conversion import as_meta
-from .errors import Incompatible, LabWarning, NotEnoughRoom, NotFound, OutputExists, UsageError
+from .errors import (
+    DamagedFile,
+    Incompatible,
+    LabWarning,
+    NotEnoughRoom,
+    NotFound,
+    OutputExists,
+    UsageError,
+)
 from .estimate import size_text
 from .merging import compose
 from .progress import bytes_bar
@@ -254,9 +262,15 @@ def _describe(writer, checkpoint: Checkpoint, params: dict, type: str, name: str
     writer.add_name(known[0] if known else name)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{type.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    heads = params["n_heads"]
+    heads, context = params["n_heads"], checkpoint.config["max_position_embeddings"]
+    if not isinstance(context, int) or not 0 < context < 2**32:
+        raise DamagedFile(
+            f"config.json gives {context!r} as max_position_embeddings.",
+            "A whole number of tokens belongs there.",
+            "Bring the config.json that belongs to the weights, or give --context-length.",
+        )
     writer.add_vocab_size(checkpoint.vocab_size)
-    writer.add_context_length(checkpoint.config["max_position_embeddings"])
+    writer.add_context_length(context)
     writer.add_embedding_length(params["dim"])
     writer.add_block_count(params["n_layers"])
     writer.add_feed_forward_length(checkpoint.config["intermediate_size"])
@@ -292,28 +306,32 @@ def _describe_tokenizer(writer, model: proto.ModelProto, rows: int) -> None:
     writer.add_token_list(texts)
     writer.add_token_scores(scores)
     writer.add_token_types(types)  # the two number them alike
-    writer.add_bos_token_id(trained.bos_id)
-    writer.add_eos_token_id(trained.eos_id)
-    writer.add_unk_token_id(trained.unk_id)
-    last = len(model.pieces) - 1
-    appended_pad = last if last > 2 and model.pieces[last].type == gguf.TokenType.CONTROL else -1
-    if (pad := trained.pad_id if trained.pad_id >= 0 else appended_pad) >= 0:
-        writer.add_pad_token_id(pad)
-    writer.add_add_bos_token(True)
+    pad, last = trained.pad_id, len(model.pieces) - 1
+    if pad < 0 and last > 2 and model.pieces[last].type == gguf.TokenType.CONTROL:
+        pad = last  # appended with the alpaca family's vocabulary
+    ids = {"bos": trained.bos_id, "eos": trained.eos_id, "unk": trained.unk_id, "pad": pad}
+    for token, number in ids.items():
+        if number >= 0:  # below it the vocabulary has none
+            getattr(writer, f"add_{token}_token_id")(number)
+    writer.add_add_bos_token(trained.bos_id >= 0)
     writer.add_add_space_prefix(normal.add_dummy_prefix)
+
+
+def _is_gguf(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _refuse_to_replace(out: Path, overwrite: bool) -> None:
     """Refuse to replace what lies at `out`, if anything does: it is not what would be written."""
     if not out.exists():
         return
-    with open(out, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise OutputExists(
-                f"{out} is no GGUF file, and was left as it is.",
-                "--overwrite replaces a GGUF file by another, and nothing else.",
-                "Choose another --output, or remove what is there yourself.",
-            )
+    if not out.is_file() or not _is_gguf(out):
+        raise OutputExists(
+            f"{out} is no GGUF file, and was left as it is.",
+            "--overwrite replaces a GGUF file by another, and nothing else.",
+            "Choose another --output, or remove what is there yourself.",
+        )
     if not overwrite:
         raise OutputExists(
             f"{out} exists, and was left as it is.",

@@ -111,3 +111,19 @@ def test_why_english_takes_a_model_of_either_family(tmp_path):
     run = runner.run([path], parameters, output_dir=tmp_path / "runs")[0]
     assert run.status == "ok", run.error
     assert run.results["sound"] > 0.9 >= run.results["suspects"]["3 the base in its place"]
+
+
+def test_export_without_llama_cpp_says_what_it_leaves_out(tmp_path):
+    """The lesson needs gguf alone: where the program itself is missing, only its part is."""
+    book = nbformat.read(HERE / "07_export.ipynb", as_version=4)
+    first = next(i for i, cell in enumerate(book.cells) if "import llamalab" in cell.source)
+    hide = "import sys\n\nsys.modules['xllamacpp'] = None"
+    book.cells.insert(first, nbformat.v4.new_code_cell(hide))
+    path = tmp_path / "07_export.ipynb"
+    nbformat.write(book, path)
+    parameters = {"models_dir": str(tmp_path / "models")}
+    run = runner.run([path], parameters, output_dir=tmp_path / "runs")[0]
+    assert run.status == "ok", run.error
+    assert run.results["equal_answers"] == run.results["cut_otherwise"] == {}
+    executed = (run.directory / path.name).read_text("utf-8")
+    assert "pip install xllamacpp" in executed and "[OK]" in executed
