@@ -314,7 +314,10 @@ def test_made_once_then_left_alone(family, tmp_path):
     out = tmp_path / "new" / "m.gguf"
     llamalab.export(family / "base", out)
     before = out.stat().st_mtime_ns
-    assert llamalab.export(family / "base", out).already
+    cut_off = out.parent / ".m.gguf.partial"
+    cut_off.mkdir()
+    (cut_off / "gguf.unfinished").write_bytes(b"GGUF")
+    assert llamalab.export(family / "base", out).already and not cut_off.exists()
     assert llamalab.export(family / "base-hf", out, overwrite=True).already  # the same model
     assert out.stat().st_mtime_ns == before
     with pytest.raises(OutputExists, match="left as it is") as refused:

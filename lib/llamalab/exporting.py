@@ -129,6 +129,7 @@ def export(
     plan = _Plan(view, type, out.stem)
     with exclusive(out) as partial:
         unfinished = partial / "gguf.unfinished"
+        unfinished.unlink(missing_ok=True)  # of a run that was cut off; it takes room
         already = out.exists() and plan.written_in(out)
         if not already:
             _refuse_to_replace(out, overwrite)
@@ -247,7 +248,6 @@ def _encoded(name: str, block: torch.Tensor, kind) -> memoryview:
             f"and {kind.name.lower()} ends at {LARGEST[kind.name]:g}.",
             "Written as infinite or as none, it would make every answer meaningless.",
             "Verify the model's files; where the value is sound, q8_0 reaches farther than f16.",
-            finding="unsound-values",
         )
     if kind == gguf.GGMLQuantizationType.Q8_0:
         return gguf.quants.quantize(block.float().numpy(), kind).reshape(-1).data
