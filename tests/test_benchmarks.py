@@ -52,3 +52,36 @@ def test_the_kept_figures_are_what_the_lessons_read(name):
     assert held["date"] in text
     for row in rows.values():
         assert f"| {row['name']}" in text and f"{row['median']:.1f}" in text, row["name"]
+
+
+def test_decoding_is_measured_beside_a_copy(tmp_path):
+    words = ["--size", "lab", "--repeats", "1", "--tokens", "4", "--only", "fp32"]
+    command = [sys.executable, str(HERE / "decode.py"), *words]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "figures.json")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    held = json.loads((tmp_path / "figures.json").read_text())
+    assert list(held["rows"]) == ["plain transformers, fp32", "llamalab, fp32"]
+    for name, rounds in held["rows"].items():
+        assert f"| {name} | {rounds[0]['rate']:.2f} |" in done.stdout
+    assert [one["same"] for one in held["batched"]] == [64]
+
+
+@pytest.mark.heavy
+def test_the_course_takes_the_disk_and_memory_that_it_foretells(tmp_path):
+    """Lessons 00 to 04 on weights that nobody trained, of 1.2 billion parameters."""
+    command = [sys.executable, str(HERE / "rehearsal.py"), "--size", "1b"]
+    command += ["--work-dir", str(tmp_path / "work"), "--json", str(tmp_path / "figures.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = json.loads((tmp_path / "figures.json").read_text())["steps"]
+    assert [step["lesson"] for step in steps] == ["00", "01", "02", "03", "04"]
+    for step in steps[1:]:
+        assert step["disk"] == pytest.approx(step["disk_foretold"], rel=0.15)
+    assert steps[4]["memory"] == pytest.approx(steps[4]["memory_foretold"], rel=0.15)
+    assert all(0 < step["streaming"] < step["memory_foretold"] for step in steps[2:4])
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["runs"]
