@@ -5,24 +5,11 @@ from __future__ import annotations
 import json
 import re
 
-import nbformat
 import pytest
-from nbformat import v4
 
+from books import notebook
 from llamalab import runner
 from llamalab.errors import DamagedFile, NotFound, UsageError
-
-PARAMETERS = (
-    'name: str = "x"  # a name\nseed: int = 1  # a seed\nwarm: bool = False\nheat: float = 0.5'
-)
-
-
-def notebook(path, *cells, parameters=PARAMETERS):
-    book = v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-    book.cells = [v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
-    book.cells += [v4.new_code_cell(cell) for cell in cells]
-    nbformat.write(book, path)
-    return path
 
 
 def test_parameters_are_read_with_type_default_and_help(tmp_path):

@@ -239,7 +239,19 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("-f", metavar="FILE.yaml", dest="file", help="parameters from a file")
     added.add_argument("--output-dir", default="runs", metavar="DIR")
     added.add_argument("--help-notebook", metavar="N", help="list a notebook's parameters")
+    added.add_argument("--prepare-only", action="store_true", help="say what would run, and stop")
+    added.add_argument("--cell-timeout", type=_positive, metavar="S", help="seconds for one cell")
+    added.add_argument(
+        "--memory-limit", type=_size, metavar="B", help="bytes for one notebook, as in 4GB"
+    )
     return parser
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size such as 4GB or 500MB")
+    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
 
 
 def _positive(text: str) -> int:
@@ -461,7 +473,7 @@ def _export(options) -> int:
 
 
 def _run(options) -> int:
-    from .runner import describe, find_notebook, run
+    from .runner import describe, find_notebook, plan, plan_text, run
 
     if options.help_notebook:
         print(describe(find_notebook(options.help_notebook)))
@@ -472,7 +484,17 @@ def _run(options) -> int:
         if not equals:
             raise UsageError(f"'-p {item}' is not NAME=VALUE.")
         parameters[name] = value
-    runs = run(options.notebooks, parameters, output_dir=options.output_dir, on_end=_print_run)
+    if options.prepare_only:
+        print(plan_text(plan(options.notebooks, parameters), options.memory_limit))
+        return 0
+    runs = run(
+        options.notebooks,
+        parameters,
+        output_dir=options.output_dir,
+        cell_timeout=options.cell_timeout,
+        memory_limit=options.memory_limit,
+        on_end=_print_run,
+    )
     for result in runs:
         for answer in result.results.get("answers", []):
             print()

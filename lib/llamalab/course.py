@@ -18,13 +18,11 @@ from .digest import judge
 from .errors import LabError, NotEnoughRoom, OutOfDate, OutputExists
 from .merging import merge
 from .places import models_directory, part_directory
+from .witness import RESULTS
 from .writer import RECORD
 
 AFFORDABLE = 500_000_000
 """Bytes that a notebook makes unasked; for more, it names the notebook and the command."""
-
-RESULTS = "application/vnd.llamalab.results+json"
-"""The MIME type under which `record` leaves results in a notebook."""
 
 
 def download(

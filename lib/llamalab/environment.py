@@ -109,7 +109,7 @@ def check(model: str | None = None, models_dir: str | os.PathLike = "") -> Repor
         _font(),
     ]
     if wanted and needs:
-        there = min(needs.disk, _already_there(wanted, directory))
+        there = min(needs.disk, already_there(wanted, directory))
         rows += fits(needs, free, ram, gpu_memory, there)
     return Report(tuple(rows), needs)
 
@@ -197,7 +197,13 @@ def disk_free(directory: Path) -> int:
     return shutil.disk_usage(directory).free
 
 
-def _already_there(model: catalog.Model, directory: Path) -> int:
+def gpu_memory() -> int:
+    """Return the free bytes of the roomiest GPU, 0 without one."""
+    return _gpu()[1]
+
+
+def already_there(model: catalog.Model, directory: Path) -> int:
+    """Return the bytes that lie in the models `directory` of what `model` needs there."""
     names = {part.name for part in model.parts} | {f"{model.base.name}-hf", model.name}
     return sum(
         file.stat().st_size

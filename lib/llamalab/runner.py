@@ -1,32 +1,31 @@
-"""Running notebooks without a reader: papermill, with checked parameters and a true status.
+"""Running notebooks without a reader: checked parameters, and each notebook in a process of its own.
 
-Each run has a directory of its own with the executed notebook, its HTML, which needs no network,
-and `manifest.json`.
+What happens to one notebook is in `execution`; many points of one are in `sweep`.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import io
-import json
-import platform
 import secrets
-import subprocess
 import sys
 import time
 import tokenize
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
 
-from . import __version__
-from .course import RESULTS
 from .errors import DamagedFile, NotFound, UsageError
+from .estimate import size_text
+from .execution import Run
 from .places import project_directory
+from .preflight import memory_needed, require_room
+from .progress import terminal_bar
+from .worker import Worker
 
 
 @dataclass(frozen=True)
@@ -37,33 +36,6 @@ class Parameter:
     type: str
     default: object
     help: str
-
-
-@dataclass
-class Run:
-    """One run of one notebook, as `manifest.json` holds it.
-
-    `status` is "ok", "failed" or "killed" (the kernel died); `results` are what the notebook
-    recorded; each of `cells` holds index, status and seconds.
-    """
-
-    notebook: str
-    parameters: dict
-    directory: Path
-    status: str = "failed"
-    error: str = ""
-    seconds: float = 0.0
-    versions: dict = field(default_factory=dict)
-    commit: str | None = None
-    cells: list[dict] = field(default_factory=list)
-    results: dict = field(default_factory=dict)
-
-    @property
-    def report(self) -> Path:
-        return self.directory / f"{Path(self.notebook).stem}.html"
-
-    def as_dict(self) -> dict:
-        return asdict(self) | {"directory": str(self.directory)}
 
 
 def find_notebook(name: str | Path) -> Path:
@@ -171,6 +143,8 @@ def run(
     parameters: Mapping[str, object] | None = None,
     *,
     output_dir: str | Path = "runs",
+    cell_timeout: int | None = None,
+    memory_limit: int | None = None,
     on_end=None,
 ) -> list[Run]:
     """Run notebooks in order, and stop at the first that fails.
@@ -179,123 +153,85 @@ def run(
         notebooks: paths, lessons' names or numbers; none means the whole course.
         parameters: name -> value. One notebook must know every name; of several, each takes
             those it declares, and one at least must know each name.
-        output_dir: each run gets a directory of its own in it.
+        output_dir: each run gets a directory of its own in it, and all of them an index.
+        cell_timeout: seconds that one cell may take.
+        memory_limit: bytes of its own that a kernel may hold.
         on_end: called with each finished `Run`.
 
     Raises:
         UsageError: a parameter that no notebook declares, or a value that does not fit.
+        NotEnoughRoom: a model that cannot fit this machine, by arithmetic.
     """
+    todo = plan(notebooks, parameters)
+    for path, fitted in todo:
+        require_room(path, in_effect(path, fitted), memory_limit)
+    limits = {"cell_timeout": cell_timeout, "memory_limit": memory_limit}
+    runs = []
+    with Worker() as worker:
+        for path, fitted in todo:
+            with cells_bar(path.stem) as on_event:
+                runs.append(
+                    worker.run(
+                        path, new_directory(output_dir, path), fitted, **limits, on_event=on_event
+                    )
+                )
+            if on_end:
+                on_end(runs[-1])
+            if runs[-1].status != "ok":
+                break
+    return runs
+
+
+def plan(
+    notebooks: Sequence[str | Path], parameters: Mapping[str, object] | None
+) -> list[tuple[Path, dict]]:
+    """Return each notebook with the parameters that it takes; see `run`."""
     paths = [find_notebook(name) for name in notebooks] or lesson_notebooks()
     given = dict(parameters or {})
     known = {path: parameters_of(path) for path in paths}
     for name in given:
         if not any(name in declared for declared in known.values()):
             fit_parameters(paths[-1], {name: given[name]})  # raises, with a suggestion
-    plan = [
+    return [
         (path, fit_parameters(path, {n: v for n, v in given.items() if n in known[path]}))
         for path in paths
     ]
-    runs = []
-    for path, fitted in plan:
-        runs.append(run_notebook(path, fitted, Path(output_dir)))
-        if on_end:
-            on_end(runs[-1])
-        if runs[-1].status != "ok":
-            break
-    return runs
 
 
-def run_notebook(notebook: Path, parameters: dict, output_dir: Path) -> Run:
-    """Run one notebook with parameters that fit; write its directory; return the `Run`."""
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-
-    name = (
-        f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{notebook.stem}-{secrets.token_hex(3)}"
-    )
-    directory = output_dir.absolute() / name
-    directory.mkdir(parents=True)
-    run = Run(notebook.name, parameters, directory, versions=_versions(), commit=_commit())
-    executed, began = directory / notebook.name, time.monotonic()
-    try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(executed),
-            parameters,
-            kernel_name="python3",
-            language="python",
-            progress_bar=sys.stderr.isatty(),
-            cwd=str(notebook.parent),
-            # Its warnings are about the loopback connection to us.
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],
-        )
-        run.status = "ok"
-    except DeadKernelError:
-        run.status, run.error = "killed", "The kernel died before the notebook ended."
-    except papermill.PapermillExecutionError as error:
-        run.error = f"{error.ename}: {error.evalue}"
-    run.seconds = round(time.monotonic() - began, 3)
-    _read_cells(run, executed)
-    _write_html(executed, run.report)
-    manifest = json.dumps(run.as_dict(), indent=2, ensure_ascii=False)
-    (directory / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
-    return run
+def plan_text(todo: list[tuple[Path, dict]], memory_limit: int | None = None) -> str:
+    """Return what would run, with every parameter; refuse what cannot, as `run` would."""
+    lines = []
+    for path, fitted in todo:
+        values = in_effect(path, fitted)
+        require_room(path, values, memory_limit)
+        needed = size_text(memory_needed(values, memory_limit))
+        lines.append(f"{path.name}, {needed} of memory set aside")
+        lines += [f"    {name} = {value!r}" for name, value in values.items()]
+    return "\n".join(lines)
 
 
-def _read_cells(run: Run, executed: Path) -> None:
-    """Take cells' states and recorded results from the executed notebook; trust no silence."""
-    for index, cell in enumerate(nbformat.read(executed, as_version=4).cells):
-        if cell.cell_type != "code":
-            continue
-        told = cell.metadata.get("papermill", {})
-        ran = cell.execution_count is not None or not cell.source.strip()
-        failed = told.get("exception") or any(o.output_type == "error" for o in cell.outputs)
-        status = "failed" if failed else "ok" if ran else "not run"
-        run.cells.append({"index": index, "status": status, "seconds": told.get("duration")})
-        for output in cell.outputs:
-            run.results |= output.get("data", {}).get(RESULTS, {})
-    if run.status == "ok" and any(cell["status"] != "ok" for cell in run.cells):
-        run.status, run.error = "failed", "Not every cell has run."
+def in_effect(notebook: Path, fitted: Mapping[str, object]) -> dict:
+    """Return the values of all parameters, defaults included."""
+    return {p.name: p.default for p in parameters_of(notebook).values()} | dict(fitted)
 
 
-def _write_html(executed: Path, report: Path) -> None:
-    from nbconvert import HTMLExporter
-
-    notebook = nbformat.read(executed, as_version=4)
-    notebook.metadata.pop("widgets", None)
-    for cell in notebook.cells:
-        # A widget would fetch its program from the network; its plain text says little.
-        cell["outputs"] = [
-            output
-            for output in cell.get("outputs", [])
-            if not any("widget-view" in kind for kind in output.get("data", {}))
-        ]
-        if cell.cell_type != "code":
-            del cell["outputs"]
-    exporter = HTMLExporter(
-        require_js_url="",
-        mathjax_url="",
-        jquery_url="",
-        mermaid_js_url="",
-        mermaid_layout_elk_js_url="",
-        jupyter_widgets_base_url="",
-    )
-    report.write_text(exporter.from_notebook_node(notebook)[0], encoding="utf-8")
+def new_directory(output_dir: str | Path, notebook: Path, key: str = "") -> Path:
+    """Return a name that no other run has: `<UTC>-<stem>-<6 hex>`, the last by chance or `key`."""
+    began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    return Path(output_dir).absolute() / f"{began}-{notebook.stem}-{key or secrets.token_hex(3)}"
 
 
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "papermill", "nbclient")
-    found = {name: version(name) for name in names}
-    return {"llamalab": __version__, "python": platform.python_version()} | found
+@contextlib.contextmanager
+def cells_bar(name: str) -> Iterator[Callable[[dict], None]]:
+    """Show on a terminal which cell runs; yield what takes a worker's events."""
+    with terminal_bar(desc=name, unit="cell", leave=False, disable=not sys.stderr.isatty()) as bar:
 
+        def show(event: dict) -> None:
+            if "cell" in event:
+                bar.total, bar.n = event["of"], event["cell"] - 1
+                bar.refresh()
 
-def _commit() -> str | None:
-    """Return the checkout's commit, or None outside a checkout."""
-    command = ["git", "-C", str(project_directory()), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        yield show
 
 
 def describe(notebook: Path) -> str:

@@ -1,0 +1,429 @@
+"""One notebook, truthfully: papermill, a witness in the kernel, and a watch on its process.
+
+A run's directory holds the executed notebook, its HTML, which needs no network, and
+`manifest.json`. It appears whole, under its name, or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+import psutil
+from nbformat import NotebookNode, v4
+
+from . import __version__
+from .estimate import size_text
+from .places import project_directory
+from .report import write_report
+from .witness import ASK, RESULTS
+
+MANIFEST = "manifest.json"
+BANNER = "papermill-error-cell-tag"  # papermill takes cells with this tag out of a next run
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass
+class Run:
+    """One run of one notebook, as `manifest.json` holds it.
+
+    `status` is "ok", "failed", "killed" (the kernel died) or "timeout" (a cell took too long);
+    `results` are what the notebook recorded; each of `cells` holds index (in the executed
+    notebook), status, seconds and peak_rss_bytes of the kernel's process; `digests` are sha256.
+    """
+
+    notebook: str
+    parameters: dict
+    directory: Path
+    status: str = "failed"
+    error: str = ""
+    seconds: float = 0.0
+    peak_rss_bytes: int | None = None
+    versions: dict = field(default_factory=dict)
+    commit: str | None = None
+    cells: list[dict] = field(default_factory=list)
+    results: dict = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def report(self) -> Path:
+        return self.directory / f"{Path(self.notebook).stem}.html"
+
+    def as_dict(self) -> dict:
+        return asdict(self) | {"directory": str(self.directory)}
+
+
+def read_run(directory: Path) -> Run | None:
+    """Return the run that a directory holds, or None where there is no whole one."""
+    try:
+        held = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        return Run(**held | {"directory": directory})
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def partial_directory(directory: Path) -> Path:
+    """Return where a run lies until it is whole."""
+    return directory.with_name(f".{directory.name}.partial")
+
+
+class Watch:
+    """Watches one kernel: where it is, what it holds, how it ended.
+
+    Args:
+        limit: bytes of its own that the kernel and its children may hold; more ends them.
+        tell: called with {"kernel": pid} and with {"cell": number, "of": count}.
+    """
+
+    def __init__(self, limit: int | None, tell: Callable[[dict], None]):
+        self.limit, self.tell = limit, tell
+        self.notebook: NotebookNode | None = None
+        self.cell, self.pid, self.exit_code = -1, 0, None
+        self.over_limit = 0
+        self.seconds: dict[int, float] = {}
+        self.peaks: dict[int, int] = {}
+        self._end = threading.Event()
+
+    def start(self, pid: int) -> None:
+        self.pid, self._process = pid, psutil.Process(pid)
+        self._counter = _oom_counter(pid)
+        self._kills = _oom_kills(self._counter)
+        self.tell({"kernel": pid})
+        self._thread = threading.Thread(target=self._look_often, daemon=True)
+        self._thread.start()
+
+    def begin(self, cell: int) -> None:
+        with contextlib.suppress(OSError):  # Linux: the kernel's peak counts from here on
+            Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+        self.cell, self._began = cell, time.monotonic()
+        self.tell({"cell": cell + 1, "of": len(self.notebook.cells)})
+
+    def end(self) -> None:
+        self.seconds[self.cell] = round(time.monotonic() - self._began, 3)
+        self._look()
+
+    def stop(self) -> None:
+        """Stop watching; whatever is left of the kernel and its children ends."""
+        self._end.set()
+        if self.pid:
+            self._thread.join()
+            kill_group(self.pid)
+
+    def oom_kills(self) -> int:
+        """Return how many processes the system has ended for lack of memory since the start."""
+        return _oom_kills(self._counter) - self._kills
+
+    def _look_often(self) -> None:
+        while not self._end.wait(0.05):
+            self._look()
+            if self.limit and (held := self._held()) > self.limit:
+                self.over_limit = held
+                kill_group(self.pid)
+                return
+
+    def _look(self) -> None:
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+            peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+        except (OSError, TypeError):  # not Linux, or it has ended
+            try:
+                peak = self._process.memory_info().rss
+            except psutil.Error:
+                return
+        self.peaks[self.cell] = max(peak, self.peaks.get(self.cell, 0))
+
+    def _held(self) -> int:
+        """Return the bytes that the kernel and its children hold, pages of files left out."""
+        held = 0
+        with contextlib.suppress(psutil.Error):
+            for process in (self._process, *self._process.children(recursive=True)):
+                memory = process.memory_info()
+                held += memory.rss - getattr(memory, "shared", 0)
+        return held
+
+
+def kill_group(pid: int) -> None:
+    """End a kernel and what it started; kernels lead a process group of their own."""
+    with contextlib.suppress(OSError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _oom_counter(pid: int) -> Path:
+    """Return the file in which the system counts processes ended for lack of memory."""
+    groups = {}
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            groups |= {kind: path.lstrip("/") for kind in kinds.split(",")}
+    for kind, folder, name in (
+        ("memory", CGROUPS / "memory", "memory.oom_control"),  # cgroup 1
+        ("", CGROUPS, "memory.events"),  # cgroup 2
+    ):
+        # In a container the path may be the host's, and the mount shows our own group.
+        for file in (folder / groups.get(kind, "") / name, folder / name):
+            if kind in groups and file.is_file():
+                return file
+    return Path("/proc/vmstat")
+
+
+def _oom_kills(counter: Path) -> int:
+    with contextlib.suppress(OSError, TypeError):
+        return int(re.search(r"^oom_kill (\d+)", counter.read_text(), re.MULTILINE)[1])
+    return 0
+
+
+def execute(
+    notebook: Path,
+    directory: Path,
+    parameters: dict,
+    cell_timeout: int | None = None,
+    memory_limit: int | None = None,
+    tell: Callable[[dict], None] = lambda event: None,
+) -> Run:
+    """Run one notebook with parameters that fit; write `directory`; return the `Run`.
+
+    It belongs into a process of its own: papermill changes the working directory.
+    """
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    partial = partial_directory(directory)
+    partial.mkdir(parents=True)
+    run = Run(notebook.name, parameters, directory)
+    watch, journal = Watch(memory_limit, tell), partial / "journal"
+    source, began = digest(notebook), time.monotonic()
+    watch.notebook = nbformat.read(notebook, as_version=4)
+    try:
+        _papermill(watch, parameters, notebook.parent, journal, cell_timeout)
+        run.status = "ok"
+    except DeadKernelError:
+        run.status = "killed"
+    except CellTimeoutError:
+        run.status, run.error = "timeout", f"it ran longer than {cell_timeout} s."
+    except RuntimeError as error:  # the kernel did not start
+        run.error = str(error)
+    finally:
+        watch.stop()
+    run.seconds = round(time.monotonic() - began, 3)
+    if run.status == "killed":
+        run.error = _cause_of_death(watch)
+    _judge(run, watch, _read_journal(journal))
+    write_run(run, watch.notebook, source)
+    return run
+
+
+def _papermill(watch: Watch, parameters: dict, folder: Path, journal: Path, timeout) -> None:
+    import papermill
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class Client(PapermillNotebookClient):
+        def papermill_execute_cells(self):
+            process = self.km.provisioner.process
+            watch.start(process.pid)
+            try:
+                super().papermill_execute_cells()
+                asked = self.kc.execute(ASK, silent=True, store_history=False)
+                self.wait_for_reply(asked, self.nb.cells[-1])
+            except Exception:
+                kill_group(process.pid)  # a kernel that hangs would not leave when asked to
+                watch.exit_code = process.wait()
+                raise
+
+        def execute_cell(self, cell, index, **options):
+            if cell.cell_type != "code" or not cell.source.strip():
+                return cell
+            watch.begin(index)
+            try:
+                return super().execute_cell(cell, index, **options)
+            finally:
+                watch.end()
+
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, **options):
+            watch.notebook = nb_man.nb
+            Client(
+                nb_man,
+                kernel_name=kernel_name,
+                timeout=timeout,
+                iopub_timeout=300,  # large outputs arrive long after their cell has ended
+                extra_arguments=[
+                    "--IPKernelApp.log_level=ERROR",  # its warnings are about loopback
+                    "--IPKernelApp.extra_extensions=llamalab.witness",
+                    f"--Witness.journal={journal}",
+                ],
+            ).execute()
+
+    papermill_engines.register("llamalab", Engine)
+    # An error in a cell is found again, with all others, in the executed notebook.
+    with contextlib.suppress(papermill.PapermillExecutionError):
+        papermill.execute_notebook(
+            watch.notebook,
+            None,
+            parameters,
+            engine_name="llamalab",
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            autosave_cell_every=0,
+            cwd=str(folder),
+        )
+
+
+def _cause_of_death(watch: Watch) -> str:
+    if watch.over_limit:
+        return (
+            f"the kernel held {size_text(watch.over_limit)}, over the memory limit of "
+            f"{size_text(watch.limit)}, and was ended."
+        )
+    if watch.exit_code is not None and watch.exit_code >= 0:
+        return f"the kernel left with exit code {watch.exit_code}."
+    name = signal.Signals(-watch.exit_code).name if watch.exit_code else "a signal"
+    if name == "SIGKILL" and watch.oom_kills() > 0:
+        return (
+            "the kernel was killed, likely out of memory: the system ended a process for lack of "
+            f"it; the kernel held {size_text(watch.peaks.get(watch.cell, 0))} at its peak."
+        )
+    return f"the kernel was killed by {name}."
+
+
+def _read_journal(journal: Path) -> list[dict]:
+    with contextlib.suppress(OSError):
+        return [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    return []
+
+
+def _judge(run: Run, watch: Watch, told: list[dict]) -> None:
+    """Decide what happened from all there is, and write it into the notebook and the run."""
+    cells = watch.notebook.cells
+    cells[:] = [cell for cell in cells if BANNER not in cell.metadata.get("tags", [])]
+    code = [i for i, cell in enumerate(cells) if cell.cell_type == "code"]
+    status = {i: _cell_status(cells[i]) for i in code}
+    if run.status in ("killed", "timeout") and watch.cell in status:
+        status[watch.cell] = run.status
+        text = run.error = f"In cell [{cells[watch.cell].execution_count}]: {run.error}"
+        cells[watch.cell].outputs.append(
+            v4.new_output("error", ename=run.status, evalue=run.error, traceback=[text])
+        )
+    for event in told[1:]:
+        ran = [i for i in code if (cells[i].execution_count or 0) <= event["cell"]]
+        culprit = [i for i in ran if cells[i].execution_count][-1]
+        status[culprit] = "failed" if status[culprit] == "ok" else status[culprit]
+        shown = {key: event[key] for key in ("ename", "evalue", "traceback")}
+        cells[culprit].outputs.append(v4.new_output("error", **shown))
+        if run.status == "ok":
+            run.error = f"{event['ename']}: {event['evalue']} (hidden in {event['kind']})"
+            run.status = "failed"
+    if run.status == "ok" and set(status.values()) - {"ok"}:
+        run.status = "failed"
+        failed = [cells[i] for i in code if status[i] == "failed"]
+        errors = [o for cell in failed for o in cell.outputs if o.output_type == "error"]
+        run.error = "Not every cell has run."
+        if errors and errors[0].ename == "SystemExit":
+            run.error = f"SystemExit({errors[0].evalue}) ended the notebook early."
+        elif errors:
+            run.error = f"{errors[0].ename}: {errors[0].evalue}"
+    elif run.status == "ok" and not told:
+        run.status, run.error = (
+            "failed",
+            "The kernel ran unwatched: llamalab is not installed there.",
+        )
+    for i in code:
+        _tell_papermill(cells[i], status[i])
+        run.cells.append(
+            {
+                "index": i,
+                "status": status[i],
+                "seconds": watch.seconds.get(i),
+                "peak_rss_bytes": watch.peaks.get(i),
+            }
+        )
+        for output in cells[i].outputs:
+            run.results |= output.get("data", {}).get(RESULTS, {})
+    run.peak_rss_bytes = max(watch.peaks.values(), default=None)
+
+
+def judge_unrun(run: Run, notebook: NotebookNode) -> None:
+    """Say of every cell that it has not run, where nobody is left to tell."""
+    for index, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+            unknown = {"status": "not run", "seconds": None, "peak_rss_bytes": None}
+            run.cells.append({"index": index} | unknown)
+
+
+def _cell_status(cell: NotebookNode) -> str:
+    expected = "raises-exception" in cell.metadata.get("tags", [])
+    if any(output.output_type == "error" for output in cell.outputs) and not expected:
+        return "failed"
+    return "ok" if cell.execution_count is not None or not cell.source.strip() else "not run"
+
+
+def _tell_papermill(cell: NotebookNode, status: str) -> None:
+    """Put right what papermill's own metadata says of a cell; it believes that all have ended."""
+    told = cell.metadata.setdefault("papermill", {})
+    if status == "not run":
+        told |= dict(status="pending", start_time=None, end_time=None, duration=None)
+    elif status != "ok":
+        told |= dict(status="failed", exception=True)
+
+
+def write_run(run: Run, notebook: NotebookNode, source_digest: str) -> None:
+    """Write a run's directory: notebook, report, manifest; then give it its name."""
+    partial = partial_directory(run.directory)
+    partial.mkdir(parents=True, exist_ok=True)
+    run.versions, run.commit = _versions(), _commit()
+    told = notebook.metadata.setdefault("papermill", {})
+    told |= {"input_path": run.notebook, "output_path": run.notebook}
+    told |= {"exception": run.status != "ok"}
+    notebook.metadata["llamalab"] = {"status": run.status, "error": run.error}
+    if run.status != "ok":
+        text = "".join(f"    {line}\n" for line in (run.error or "failed").splitlines())
+        banner = v4.new_markdown_cell(f"**This run: {run.status}**\n\n{text}")
+        banner.metadata["tags"] = [BANNER]
+        notebook.cells.insert(0, banner)
+        for cell in run.cells:
+            cell["index"] += 1
+    executed, report = partial / run.notebook, partial / run.report.name
+    nbformat.write(notebook, executed)
+    write_report(notebook, report)
+    run.digests = {"source": source_digest}
+    for name, file in (("executed", executed), ("report", report)):
+        run.digests[name] = digest(file)
+    manifest = json.dumps(run.as_dict(), indent=2, ensure_ascii=False)
+    (partial / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+    (partial / "journal").unlink(missing_ok=True)
+    os.replace(partial, run.directory)
+
+
+def digest(file: Path) -> str:
+    """Return the sha256 of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "papermill", "nbclient")
+    found = {name: version(name) for name in names}
+    return {"llamalab": __version__, "python": platform.python_version()} | found
+
+
+def _commit() -> str | None:
+    """Return the checkout's commit, or None outside a checkout."""
+    command = ["git", "-C", str(project_directory()), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
