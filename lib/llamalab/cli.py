@@ -244,6 +244,20 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument(
         "--memory-limit", type=_size, metavar="B", help="bytes for one notebook, as in 4GB"
     )
+    added.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="NAME=V1,V2",
+        help="run one notebook at every point of a grid; values with commas: NAME=['a,b','c']",
+    )
+    added.add_argument(
+        "--jobs", type=_positive, metavar="N", help="points at once; default 1, or the cluster's"
+    )
+    added.add_argument("--on", metavar="ray", help="ray, or ray://HOST:PORT: run a sweep there")
+    added.add_argument(
+        "--keep", type=_positive, metavar="N", help="then remove all but each notebook's newest N"
+    )
     return parser
 
 
@@ -473,7 +487,8 @@ def _export(options) -> int:
 
 
 def _run(options) -> int:
-    from .runner import describe, find_notebook, plan, plan_text, run
+    from .history import prune, write_index
+    from .runner import describe, find_notebook, plan, plan_text
 
     if options.help_notebook:
         print(describe(find_notebook(options.help_notebook)))
@@ -484,9 +499,30 @@ def _run(options) -> int:
         if not equals:
             raise UsageError(f"'-p {item}' is not NAME=VALUE.")
         parameters[name] = value
-    if options.prepare_only:
+    if options.sweep:
+        runs = _sweep(options, parameters)
+    elif options.on or options.jobs:
+        raise UsageError(
+            "--on and --jobs are for a --sweep.", "The course's notebooks go in order."
+        )
+    elif options.prepare_only:
         print(plan_text(plan(options.notebooks, parameters), options.memory_limit))
         return 0
+    else:
+        runs = _run_in_order(options, parameters)
+    output_dir = Path(options.output_dir).absolute()
+    if options.keep and not options.prepare_only:
+        spared = {path for run in runs for path in (run.directory, *run.directory.parents)}
+        for path in prune(output_dir, options.keep, spared):
+            print(f"removed {path}", file=sys.stderr)
+    if not options.prepare_only:
+        write_index(output_dir)
+    return 0 if all(result.status == "ok" for result in runs) else 1
+
+
+def _run_in_order(options, parameters: dict) -> list:
+    from .runner import run
+
     runs = run(
         options.notebooks,
         parameters,
@@ -503,7 +539,68 @@ def _run(options) -> int:
     print("\nreports:")
     for result in runs:
         print(f"  {result.report}")
-    return 0 if all(result.status == "ok" for result in runs) else 1
+    return runs
+
+
+def _sweep(options, parameters: dict) -> list:
+    """Run a sweep, or say what it would run; the summary's place goes to standard output."""
+    from .progress import say
+    from .runner import in_effect
+    from .sweep import fitting_jobs, prepare, run_sweep
+
+    if len(options.notebooks) != 1:
+        raise UsageError("--sweep takes exactly one notebook.")
+    grid = {}
+    for item in options.sweep:
+        name, values = _swept(item)
+        if name in grid:
+            raise UsageError(f"--sweep {name} is given twice.", "", "Give all its values at once.")
+        grid[name] = values
+    limit = options.memory_limit
+    swept = prepare(options.notebooks[0], grid, parameters, options.output_dir, limit, options.on)
+    jobs = fitting_jobs(swept, options.jobs or 1, limit)
+    if options.prepare_only:
+        place = f"on {options.on}" if options.on else f"{jobs} at once"
+        print(f"{swept.notebook.name}, {len(swept.points)} points, {place}, in {swept.directory}")
+        for number, point in enumerate(swept.points):
+            print(f"{number:4}  {in_effect(swept.notebook, point)}")
+        return []
+    if options.on:
+        jobs = options.jobs
+    elif options.jobs and jobs < options.jobs:
+        print(f"{jobs} at once: cores and memory allow no more.", file=sys.stderr)
+
+    def print_point(number: int, result) -> None:
+        values = " ".join(f"{name}={swept.points[number][name]}" for name in swept.swept)
+        colour = _COLOURS["OK" if result.status == "ok" else "FAIL"]
+        status = _paint(f"{result.status:7}", colour, sys.stderr)
+        text = f"{status} {number:4}  {values}  {result.seconds:.1f} s  {result.error}"
+        say(text.rstrip())
+
+    limits = {"cell_timeout": options.cell_timeout, "memory_limit": limit}
+    runs = run_sweep(swept, jobs=jobs, **limits, on=options.on, on_end=print_point)
+    ok = sum(result.status == "ok" for result in runs)
+    print(f"{ok} of {len(runs)} points ended ok")
+    print(swept.index)
+    return runs
+
+
+def _swept(item: str) -> tuple[str, list]:
+    """Return name and values of NAME=V1,V2, or of NAME=[...], a YAML list."""
+    import yaml
+
+    name, equals, text = item.partition("=")
+    if not equals or not text:
+        raise UsageError(f"'--sweep {item}' is not NAME=V1,V2.")
+    if not text.startswith("["):
+        return name, text.split(",")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, list):
+        raise UsageError(f"'--sweep {item}' is not a list in brackets.")
+    return name, values
 
 
 def _print_run(result) -> None:

@@ -261,7 +261,7 @@ def _papermill(watch: Watch, parameters: dict, folder: Path, journal: Path, time
                 timeout=timeout,
                 iopub_timeout=300,  # large outputs arrive long after their cell has ended
                 extra_arguments=[
-                    "--IPKernelApp.log_level=ERROR",  # its warnings are about loopback
+                    "--IPKernelApp.log_level=CRITICAL",  # it tells of loopback, and of our end
                     "--IPKernelApp.extra_extensions=llamalab.witness",
                     f"--Witness.journal={journal}",
                 ],
@@ -403,10 +403,14 @@ def write_run(run: Run, notebook: NotebookNode, source_digest: str) -> None:
     run.digests = {"source": source_digest}
     for name, file in (("executed", executed), ("report", report)):
         run.digests[name] = digest(file)
-    manifest = json.dumps(run.as_dict(), indent=2, ensure_ascii=False)
-    (partial / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+    (partial / MANIFEST).write_text(as_json(run), encoding="utf-8")
     (partial / "journal").unlink(missing_ok=True)
     os.replace(partial, run.directory)
+
+
+def as_json(run: Run) -> str:
+    """Return the text of a manifest."""
+    return json.dumps(run.as_dict(), indent=2, ensure_ascii=False) + "\n"
 
 
 def digest(file: Path) -> str:

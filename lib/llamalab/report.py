@@ -85,7 +85,9 @@ def table(
     head = "".join(f"<th>{html.escape(name)}</th>" for name in [*links, *columns])
     lines = [f"<table><tr>{head}</tr>"]
     for number, row in enumerate(rows):
-        cells = [f'<a href="{urllib.parse.quote(held[number])}">open</a>' for held in links.values()]
+        cells = [
+            f'<a href="{urllib.parse.quote(held[number])}">open</a>' for held in links.values()
+        ]
         for name in columns:
             value = row.get(name)
             cells.append("" if value is None else html.escape(str(value)[:1000]))

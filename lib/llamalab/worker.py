@@ -131,7 +131,8 @@ def serve() -> None:
     os.dup2(2, 1)  # kernels inherit 1, and what they print there is no answer of ours
 
     def tell(event: dict) -> None:
-        os.write(answers, (json.dumps(event) + "\n").encode())
+        with contextlib.suppress(BrokenPipeError):  # the front is gone, and the leash ends us
+            os.write(answers, (json.dumps(event) + "\n").encode())
 
     for line in sys.stdin:
         pid = os.fork()
@@ -147,9 +148,10 @@ def _run(job: list, tell: Callable[[dict], None]) -> None:
 
     def leash() -> None:
         os.read(0, 1)  # nothing comes; it returns when the front is gone
+        shutil.rmtree(partial_directory(Path(directory)), ignore_errors=True)
+        # The kernel last: its end would be taken for a result, and written down.
         if "kernel" in seen:
             execution.kill_group(seen["kernel"])
-        shutil.rmtree(partial_directory(Path(directory)), ignore_errors=True)
         os._exit(1)
 
     def pass_on(event: dict) -> None:
@@ -166,5 +168,4 @@ def _run(job: list, tell: Callable[[dict], None]) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):  # the front is gone
-        serve()
+    serve()
