@@ -1,0 +1,187 @@
+"""The points of a sweep on a Ray cluster. Ray schedules, retries and carries; the rest is ours.
+
+A point goes out as the notebook's text and its parameters, and comes back as the files of its
+run. So the machines need llamalab, the same as here, and the large models, but no shared disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+
+from . import execution
+from .course import AFFORDABLE
+from .errors import Incompatible, NotEnoughRoom, NotFound, UsageError
+from .estimate import size_text
+from .execution import MANIFEST, Run, partial_directory, read_run
+from .places import models_directory
+from .preflight import memory_needed, model_needs
+from .runner import in_effect
+from .worker import Worker
+
+RETRIES = 5
+"""How often Ray runs a point again whose machine was lost."""
+
+_worker = None  # of this Ray process: papermill is imported once, not for each point
+
+
+def run_points(
+    sweep, todo: list[int], on: str, limits: dict, jobs: int | None = None
+) -> Iterator[tuple[int, Run]]:
+    """Run points of a sweep on a cluster; write each run's directory here, and yield the run.
+
+    Args:
+        on: "ray", which starts one on this machine, or the address of one, "ray://HOST:PORT".
+        jobs: points at once at most; None leaves it to the cluster.
+
+    Raises:
+        NotFound: there is no such cluster.
+        Incompatible: a machine of it lacks llamalab, or has another one, or lacks a large model.
+        NotEnoughRoom: no machine of it has the memory for one point.
+    """
+    values = [in_effect(sweep.notebook, sweep.points[point]) for point in todo]
+    ray = _connect(on)
+    try:
+        machines = [node for node in ray.nodes() if node["Alive"]]
+        memory = max((memory_needed(v, limits["memory_limit"]) for v in values), default=0)
+        _require_memory(machines, memory)
+        _require_code_and_models(ray, machines, values)
+        gpu = any("GPU" in node["Resources"] for node in machines)
+        gpu = gpu and any(v.get("device") != "cpu" for v in values)
+        task = ray.remote(run_point).options(
+            num_cpus=1, num_gpus=int(gpu), memory=memory, max_retries=RETRIES
+        )
+        text, waiting, going = sweep.notebook.read_bytes(), list(todo), {}
+        while waiting or going:
+            while waiting and len(going) < (jobs or len(todo)):
+                point = waiting.pop(0)
+                sent = (sweep.notebook.name, text, sweep.points[point], limits)
+                going[task.remote(*sent)] = point
+            (done,), _ = ray.wait(list(going))
+            point = going.pop(done)
+            yield point, _take(ray, done, sweep, point)
+    finally:
+        ray.shutdown()
+
+
+def run_point(name: str, text: bytes, parameters: dict, limits: dict) -> dict[str, bytes]:
+    """On a machine of the cluster: run one notebook; return the files of its run."""
+    global _worker
+    _worker = _worker or Worker()
+    with tempfile.TemporaryDirectory() as folder:
+        notebook = Path(folder) / name
+        notebook.write_bytes(text)
+        run = _worker.run(notebook, Path(folder) / "run", parameters, **limits)
+        return {file.name: file.read_bytes() for file in run.directory.iterdir()}
+
+
+def _take(ray, done, sweep, point: int) -> Run:
+    """Write the directory of a point that has come back, or that Ray has given up."""
+    directory = sweep.place(point)
+    try:
+        files = ray.get(done)
+    except ray.exceptions.RayError as error:
+        run = Run(sweep.notebook.name, sweep.points[point], directory, status="killed")
+        run.error = f"The cluster lost it: {str(error).strip().splitlines()[-1]}"
+        book = nbformat.read(sweep.notebook, as_version=4)
+        execution.judge_unrun(run, book)
+        execution.write_run(run, book, execution.digest(sweep.notebook))
+        return run
+    partial = partial_directory(directory)
+    partial.mkdir(parents=True, exist_ok=True)
+    for file, held in files.items():
+        (partial / Path(file).name).write_bytes(held)
+    os.replace(partial, directory)
+    run = read_run(directory)
+    manifest = execution.as_json(run)  # the directory named in it was the machine's
+    (directory / MANIFEST).write_text(manifest, encoding="utf-8")
+    return run
+
+
+def _connect(on: str):
+    if on != "ray" and not on.startswith("ray://"):
+        raise UsageError(f"--on {on} is neither 'ray' nor an address 'ray://HOST:PORT'.")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+    try:
+        import ray
+    except ImportError:
+        raise NotFound(
+            "Ray is not installed.", "", "Run: pip install 'llamalab[cluster]'"
+        ) from None
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if on == "ray":
+            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        else:
+            ray.init(on, **quiet)
+    except (ConnectionError, RuntimeError, ImportError) as error:
+        raise NotFound(
+            f"There is no Ray cluster at '{on}'.",
+            str(error).strip().splitlines()[0],
+            "On its first machine: ray start --head --ray-client-server-port 10001",
+        ) from None
+    return ray
+
+
+def _require_memory(machines: list[dict], memory: int) -> None:
+    largest = max(node["Resources"].get("memory", 0) for node in machines)
+    if memory > largest:
+        raise NotEnoughRoom(
+            f"One point needs {size_text(memory)} of memory.",
+            f"The largest machine of the cluster offers {size_text(largest)}.",
+            "Choose a smaller model, a machine with more memory, or a --memory-limit.",
+        )
+
+
+def _require_code_and_models(ray, machines: list[dict], values: list[dict]) -> None:
+    """Ask every machine whether it has this llamalab and the models that no notebook makes."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    models = set()
+    for value in values:
+        need = model_needs(value)
+        if need and need.disk > AFFORDABLE:
+            models.add((need.model, str(models_directory(str(value.get("models_dir", ""))))))
+
+    def ask(models):  # sent by value: it must run where llamalab is not
+        try:
+            from llamalab import cluster
+        except ImportError as error:
+            return [f"llamalab does not load ({error})"], ""
+        return cluster.missing_models(models), cluster.code_digest()
+
+    for node in machines:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        task = ray.remote(ask).options(scheduling_strategy=there, num_cpus=0)
+        missing, digest = ray.get(task.remote(sorted(models)))
+        if not missing and digest != code_digest():
+            missing = ["llamalab is another one"]
+        if missing:
+            raise Incompatible(
+                f"The machine {node['NodeManagerAddress']} cannot run this: {'; '.join(missing)}.",
+                "Every machine needs the same llamalab, and large models at the same place.",
+                "Install it there, bring the model with 'llamalab download', and try again.",
+            )
+
+
+def missing_models(models: list[tuple[str, str]]) -> list[str]:
+    """Return a sentence for each (model, models directory) that this machine does not hold."""
+    from . import catalog
+
+    missing = []
+    for name, directory in models:
+        parts = [Path(directory) / part.name for part in catalog.model(name).parts]
+        if not (Path(directory) / name).is_dir() and not all(p.is_dir() for p in parts):
+            missing.append(f"{name} is not in {directory}")
+    return missing
+
+
+def code_digest() -> str:
+    """Return one digest of the package's source."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -1,0 +1,118 @@
+"""Sweeps on a Ray cluster: a machine is lost, and every point is in the summary, once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from books import notebook
+from llamalab import cluster, preflight, sweep
+from llamalab.errors import Incompatible, NotEnoughRoom, NotFound, UsageError
+
+pytestmark = pytest.mark.heavy
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture
+def machines(monkeypatch):
+    """Two machines of one core each, on this one; yields (the cluster, its address, the second)."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 1, "ray_client_server_port": 23711, "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    second = made.add_node(num_cpus=1)
+    made.wait_for_nodes()
+    yield made, "ray://127.0.0.1:23711", second
+    made.shutdown()
+
+
+def read(directory) -> list[dict]:
+    with open(directory / "summary.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_lost_machine_loses_no_point(tmp_path, machines):
+    made, address, second = machines
+    path = notebook(
+        tmp_path / "n.ipynb",
+        f"open({str(tmp_path / 'log')!r}, 'a').write(f'{{seed}}\\n')\nimport time; time.sleep(1)",
+        "if seed == 5: raise ValueError('bad point')",
+        "from IPython.display import display\n"
+        "display({'application/vnd.llamalab.results+json': {'square': seed ** 2}}, raw=True)",
+    )
+    grid = {"seed": list(range(12))}
+    swept = sweep.prepare(path, grid, {}, tmp_path / "runs", on=address)
+    ended = []
+
+    def lose_one(point, run):
+        ended.append(point)
+        if len(ended) == 3:
+            threading.Thread(target=made.remove_node, args=(second, False)).start()
+
+    runs = sweep.run_sweep(swept, on=address, on_end=lose_one)
+    assert len([node for node in made.list_all_nodes()]) == 1
+    assert sorted(ended) == list(range(12))
+    assert [run.status for run in runs] == ["failed" if i == 5 else "ok" for i in range(12)]
+    rows = read(swept.directory)
+    assert [int(row["point"]) for row in rows] == list(range(12))
+    assert [row["result.square"] for row in rows] == [str(i**2) if i != 5 else "" for i in range(12)]
+    begun = (tmp_path / "log").read_text().split()
+    assert set(begun) == {str(i) for i in range(12)} and len(begun) >= 12
+    # The summary and the runs are those of a local run.
+    local = sweep.prepare(path, grid, {}, tmp_path / "local")
+    sweep.run_sweep(local, jobs=2)
+    measured = ("seconds", "peak_rss_bytes")
+    for mine, theirs in zip(read(local.directory), rows, strict=True):
+        assert {k: v for k, v in mine.items() if k not in measured} == {
+            k: v for k, v in theirs.items() if k not in measured
+        }
+    for point in range(12):
+        names = [{p.name for p in s.place(point).iterdir()} for s in (swept, local)]
+        assert names[0] == names[1]
+        manifest = json.loads((swept.place(point) / "manifest.json").read_text())
+        assert manifest["directory"] == str(swept.place(point))
+
+
+def test_what_a_machine_lacks_is_said_first(tmp_path, machines, monkeypatch):
+    _, address, _ = machines
+    text = 'model: str = "chinese-alpaca-7b"\nmodels_dir: str = ""\nseed: int = 1'
+    path = notebook(tmp_path / "n.ipynb", "1", parameters=text)
+    values = {"models_dir": str(tmp_path)}
+    swept = sweep.prepare(path, {"seed": [1]}, values, tmp_path / "runs", on=address)
+    monkeypatch.setattr(cluster, "memory_needed", lambda *_: 1)
+    with pytest.raises(Incompatible, match="chinese-alpaca-7b is not in"):
+        sweep.run_sweep(swept, on=address)
+    monkeypatch.setattr(cluster, "code_digest", lambda: "another")
+    swept = sweep.prepare(path, {"seed": [1]}, {"model": "chinese-alpaca-lab"}, tmp_path, on=address)
+    with pytest.raises(Incompatible, match="another one"):
+        sweep.run_sweep(swept, on=address)
+    monkeypatch.setattr(cluster, "memory_needed", lambda *_: 10**15)
+    with pytest.raises(NotEnoughRoom, match="1,000,000.0 GB"):
+        sweep.run_sweep(swept, on=address)
+    assert not list(tmp_path.glob("*/points/*")) and preflight
+
+
+def test_a_cluster_of_this_machine_alone_by_the_command(tmp_path):
+    path = notebook(tmp_path / "n.ipynb", "print(seed)")
+    command = [sys.executable, "-W", "ignore", "-m", "llamalab.cli", "run", str(path)]
+    command += ["--sweep", "seed=1,2", "--on", "ray", "--output-dir", str(tmp_path / "runs")]
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 points ended ok" in done.stdout and time.monotonic() - began < 240
+
+
+def test_addresses_that_lead_nowhere(tmp_path):
+    path = notebook(tmp_path / "n.ipynb", "1")
+    swept = sweep.prepare(path, {"seed": [1]}, {}, tmp_path / "runs")
+    with pytest.raises(UsageError, match="neither 'ray'"):
+        sweep.run_sweep(swept, on="slurm")
+    with pytest.raises(NotFound, match="no Ray cluster"):
+        sweep.run_sweep(swept, on="ray://127.0.0.1:9")
