@@ -21,7 +21,7 @@ BIN := $(if $(CONDA),$(CONDA),$(CURDIR)/.venv)/bin
 IN_ENV = PATH="$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab break test test-heavy bench rehearsal clean
+.PHONY: help setup run nightly lab break test test-heavy bench rehearsal clean
 
 help: ## Show this list
 	@echo "Usage: make TARGET (each one sets up what it needs first)"
@@ -31,6 +31,10 @@ help: ## Show this list
 
 run: setup ## Execute the lessons on the small model that comes with the course
 	@$(IN_ENV) llamalab run $(ARGS)
+
+# Three ways in which state that a lesson leaves behind, or counts on, would show.
+nightly: setup ## Prove that no lesson needs or leaves hidden state (ten minutes)
+	@$(IN_ENV) python tests/nightly.py $(ARGS)
 
 lab: setup ## Open lesson 00 in JupyterLab, for this machine only and with a token
 	@$(IN_ENV) jupyter lab --ip=127.0.0.1 \
@@ -50,6 +54,7 @@ bench: setup ## Measure against cp and other programs (60 GB of disk, half an ho
 	@$(IN_ENV) python benchmarks/convert.py $(ARGS)
 	@$(IN_ENV) python benchmarks/merge.py $(ARGS)
 	@$(IN_ENV) python benchmarks/download.py
+	@$(IN_ENV) python benchmarks/run.py
 
 rehearsal: setup ## Run lessons 00 to 04 on made-up weights of true size (45 GB; SIZE=1b for less)
 	@$(IN_ENV) python benchmarks/rehearsal.py $(if $(SIZE),--size $(SIZE)) $(ARGS)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -98,3 +101,20 @@ def test_memory_is_watched():
     with course.MemoryWatch() as memory:
         pass
     assert memory.grown < 60e6
+
+
+def test_notebooks_that_run_at_once_make_a_model_once(tmp_path):
+    code = "from llamalab.course import need; need('chinese-alpaca-lab', 'converted', 'merged')"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env=os.environ | {"LLAMALAB_MODELS_DIR": str(tmp_path)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert not list(tmp_path.glob(".*"))

@@ -17,6 +17,7 @@ from .conversion import convert
 from .digest import judge
 from .errors import LabError, NotEnoughRoom, OutOfDate, OutputExists
 from .merging import merge
+from .partial import locked
 from .places import models_directory, part_directory
 from .witness import RESULTS
 from .writer import RECORD
@@ -119,15 +120,20 @@ def need(model: str, *what: str, models_dir: str | os.PathLike = "") -> Places:
 
 
 def _make(verb, *arguments) -> None:
-    """Convert or merge; what we made before is made anew if an input has changed since."""
-    try:
-        verb(*arguments)
-    except OutOfDate:
-        verb(*arguments, overwrite=True)
-    except OutputExists:
-        if not (arguments[-1] / RECORD).is_file():
-            raise
-        # Else the reader made it, with other settings: it is used as it is.
+    """Convert or merge; what we made before is made anew if an input has changed since.
+
+    Of several notebooks that run at once, one makes it and the others wait.
+    """
+    made = arguments[-1]
+    with locked(made.parent):
+        try:
+            verb(*arguments)
+        except OutOfDate:
+            verb(*arguments, overwrite=True)
+        except OutputExists:
+            if not (made / RECORD).is_file():
+                raise
+            # Else the reader made it, with other settings: it is used as it is.
 
 
 def _bring(part: catalog.Part, directory: Path, large: bool, command: str) -> None:

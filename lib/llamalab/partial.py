@@ -257,7 +257,7 @@ def completed(facts: FileFacts, more: FileFacts) -> FileFacts:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep other processes from downloading into `directory`; wait while another one does."""
+    """Keep other processes from working in `directory`; wait while another one does."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / ".lock.partial"
     while True:
@@ -266,7 +266,7 @@ def locked(directory: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"Another process is downloading to '{directory}'; waiting for it.")
+                say(f"Another process is at work in '{directory}'; waiting for it.")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:
                 pass  # a file system without locks, as some of clusters are
