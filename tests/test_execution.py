@@ -78,6 +78,8 @@ TRAPS = {
          "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: pass"],
         "timeout", "longer than 3 s",
     ),
+    "no-code": ([], "ok", ""),
+    "no-unicode": (["raise ValueError(chr(0xD800))"], "failed", "surrogates"),
     # What looks like a failure and is none.
     "task-awaited": (
         [ASYNC + "t = asyncio.create_task(boom())",
@@ -105,6 +107,7 @@ def test_every_trap_ends_with_the_truth(trap, tmp_path, worker):
     path = notebook(tmp_path / "n.ipynb", *cells)
     run = worker.run(path, tmp_path / "runs" / "a", {}, cell_timeout=3)
     assert (run.status, words in run.error) == (status, True), run.error
+    assert "memory" not in run.error  # no evidence, no such word
     manifest = json.loads((run.directory / "manifest.json").read_text())
     assert manifest["status"] == status
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {run.directory.name}

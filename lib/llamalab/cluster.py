@@ -21,6 +21,7 @@ from .estimate import size_text
 from .execution import MANIFEST, Run, partial_directory, read_run
 from .places import models_directory
 from .preflight import memory_needed, model_needs
+from .report import write_text
 from .runner import in_effect
 from .worker import Worker
 
@@ -98,8 +99,8 @@ def _take(ray, done, sweep, point: int) -> Run:
         (partial / Path(file).name).write_bytes(held)
     os.replace(partial, directory)
     run = read_run(directory)
-    manifest = execution.as_json(run)  # the directory named in it was the machine's
-    (directory / MANIFEST).write_text(manifest, encoding="utf-8")
+    # The directory named in it was the machine's.
+    write_text(directory / MANIFEST, execution.as_json(run))
     return run
 
 

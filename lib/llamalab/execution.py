@@ -11,10 +11,7 @@ import hashlib
 import json
 import os
 import platform
-import re
-import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,18 +19,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
-import psutil
 from nbformat import NotebookNode, v4
 
 from . import __version__
-from .estimate import size_text
 from .places import project_directory
-from .report import write_report
+from .report import write_report, write_text
+from .watch import Watch, kill_group
 from .witness import ASK, RESULTS
 
 MANIFEST = "manifest.json"
 BANNER = "papermill-error-cell-tag"  # papermill takes cells with this tag out of a next run
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass
@@ -80,111 +75,6 @@ def partial_directory(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.partial")
 
 
-class Watch:
-    """Watches one kernel: where it is, what it holds, how it ended.
-
-    Args:
-        limit: bytes of its own that the kernel and its children may hold; more ends them.
-        tell: called with {"kernel": pid} and with {"cell": number, "of": count}.
-    """
-
-    def __init__(self, limit: int | None, tell: Callable[[dict], None]):
-        self.limit, self.tell = limit, tell
-        self.notebook: NotebookNode | None = None
-        self.cell, self.pid, self.exit_code = -1, 0, None
-        self.over_limit = 0
-        self.seconds: dict[int, float] = {}
-        self.peaks: dict[int, int] = {}
-        self._end = threading.Event()
-
-    def start(self, pid: int) -> None:
-        self.pid, self._process = pid, psutil.Process(pid)
-        self._counter = _oom_counter(pid)
-        self._kills = _oom_kills(self._counter)
-        self.tell({"kernel": pid})
-        self._thread = threading.Thread(target=self._look_often, daemon=True)
-        self._thread.start()
-
-    def begin(self, cell: int) -> None:
-        with contextlib.suppress(OSError):  # Linux: the kernel's peak counts from here on
-            Path(f"/proc/{self.pid}/clear_refs").write_text("5")
-        self.cell, self._began = cell, time.monotonic()
-        self.tell({"cell": cell + 1, "of": len(self.notebook.cells)})
-
-    def end(self) -> None:
-        self.seconds[self.cell] = round(time.monotonic() - self._began, 3)
-        self._look()
-
-    def stop(self) -> None:
-        """Stop watching; whatever is left of the kernel and its children ends."""
-        self._end.set()
-        if self.pid:
-            self._thread.join()
-            kill_group(self.pid)
-
-    def oom_kills(self) -> int:
-        """Return how many processes the system has ended for lack of memory since the start."""
-        return _oom_kills(self._counter) - self._kills
-
-    def _look_often(self) -> None:
-        while not self._end.wait(0.05):
-            self._look()
-            if self.limit and (held := self._held()) > self.limit:
-                self.over_limit = held
-                kill_group(self.pid)
-                return
-
-    def _look(self) -> None:
-        try:
-            status = Path(f"/proc/{self.pid}/status").read_text()
-            peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
-        except (OSError, TypeError):  # not Linux, or it has ended
-            try:
-                peak = self._process.memory_info().rss
-            except psutil.Error:
-                return
-        self.peaks[self.cell] = max(peak, self.peaks.get(self.cell, 0))
-
-    def _held(self) -> int:
-        """Return the bytes that the kernel and its children hold, pages of files left out."""
-        held = 0
-        with contextlib.suppress(psutil.Error):
-            for process in (self._process, *self._process.children(recursive=True)):
-                memory = process.memory_info()
-                held += memory.rss - getattr(memory, "shared", 0)
-        return held
-
-
-def kill_group(pid: int) -> None:
-    """End a kernel and what it started; kernels lead a process group of their own."""
-    with contextlib.suppress(OSError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def _oom_counter(pid: int) -> Path:
-    """Return the file in which the system counts processes ended for lack of memory."""
-    groups = {}
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            groups |= {kind: path.lstrip("/") for kind in kinds.split(",")}
-    for kind, folder, name in (
-        ("memory", CGROUPS / "memory", "memory.oom_control"),  # cgroup 1
-        ("", CGROUPS, "memory.events"),  # cgroup 2
-    ):
-        # In a container the path may be the host's, and the mount shows our own group.
-        for file in (folder / groups.get(kind, "") / name, folder / name):
-            if kind in groups and file.is_file():
-                return file
-    return Path("/proc/vmstat")
-
-
-def _oom_kills(counter: Path) -> int:
-    with contextlib.suppress(OSError, TypeError):
-        return int(re.search(r"^oom_kill (\d+)", counter.read_text(), re.MULTILINE)[1])
-    return 0
-
-
 def execute(
     notebook: Path,
     directory: Path,
@@ -218,7 +108,7 @@ def execute(
         watch.stop()
     run.seconds = round(time.monotonic() - began, 3)
     if run.status == "killed":
-        run.error = _cause_of_death(watch)
+        run.error = watch.cause_of_death()
     _judge(run, watch, _read_journal(journal))
     write_run(run, watch.notebook, source)
     return run
@@ -236,7 +126,7 @@ def _papermill(watch: Watch, parameters: dict, folder: Path, journal: Path, time
             try:
                 super().papermill_execute_cells()
                 asked = self.kc.execute(ASK, silent=True, store_history=False)
-                self.wait_for_reply(asked, self.nb.cells[-1])
+                self.wait_for_reply(asked, (self.nb.cells or [None])[-1])
             except Exception:
                 kill_group(process.pid)  # a kernel that hangs would not leave when asked to
                 watch.exit_code = process.wait()
@@ -283,23 +173,6 @@ def _papermill(watch: Watch, parameters: dict, folder: Path, journal: Path, time
         )
 
 
-def _cause_of_death(watch: Watch) -> str:
-    if watch.over_limit:
-        return (
-            f"the kernel held {size_text(watch.over_limit)}, over the memory limit of "
-            f"{size_text(watch.limit)}, and was ended."
-        )
-    if watch.exit_code is not None and watch.exit_code >= 0:
-        return f"the kernel left with exit code {watch.exit_code}."
-    name = signal.Signals(-watch.exit_code).name if watch.exit_code else "a signal"
-    if name == "SIGKILL" and watch.oom_kills() > 0:
-        return (
-            "the kernel was killed, likely out of memory: the system ended a process for lack of "
-            f"it; the kernel held {size_text(watch.peaks.get(watch.cell, 0))} at its peak."
-        )
-    return f"the kernel was killed by {name}."
-
-
 def _read_journal(journal: Path) -> list[dict]:
     with contextlib.suppress(OSError):
         return [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
@@ -319,11 +192,12 @@ def _judge(run: Run, watch: Watch, told: list[dict]) -> None:
             v4.new_output("error", ename=run.status, evalue=run.error, traceback=[text])
         )
     for event in told[1:]:
-        ran = [i for i in code if (cells[i].execution_count or 0) <= event["cell"]]
-        culprit = [i for i in ran if cells[i].execution_count][-1]
-        status[culprit] = "failed" if status[culprit] == "ok" else status[culprit]
-        shown = {key: event[key] for key in ("ename", "evalue", "traceback")}
-        cells[culprit].outputs.append(v4.new_output("error", **shown))
+        for culprit in [i for i in code if 0 < (cells[i].execution_count or 0) <= event["cell"]][
+            -1:
+        ]:
+            status[culprit] = "failed" if status[culprit] == "ok" else status[culprit]
+            shown = {key: event[key] for key in ("ename", "evalue", "traceback")}
+            cells[culprit].outputs.append(v4.new_output("error", **shown))
         if run.status == "ok":
             run.error = f"{event['ename']}: {event['evalue']} (hidden in {event['kind']})"
             run.status = "failed"
@@ -398,12 +272,12 @@ def write_run(run: Run, notebook: NotebookNode, source_digest: str) -> None:
         for cell in run.cells:
             cell["index"] += 1
     executed, report = partial / run.notebook, partial / run.report.name
-    nbformat.write(notebook, executed)
+    write_text(executed, nbformat.writes(notebook))
     write_report(notebook, report)
     run.digests = {"source": source_digest}
     for name, file in (("executed", executed), ("report", report)):
         run.digests[name] = digest(file)
-    (partial / MANIFEST).write_text(as_json(run), encoding="utf-8")
+    write_text(partial / MANIFEST, as_json(run))
     (partial / "journal").unlink(missing_ok=True)
     os.replace(partial, run.directory)
 

@@ -22,7 +22,7 @@ MAKES = re.compile(r"\b(?:download|convert|merge)\(")
 
 def model_needs(parameters: Mapping[str, object]) -> Needs | None:
     """Return what the model named by the parameter `model` needs, if the catalogue knows it."""
-    name = parameters.get("model")
+    name = str(parameters.get("model"))
     return needs(catalog.model(name)) if name in catalog.models() else None
 
 

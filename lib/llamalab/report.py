@@ -33,7 +33,7 @@ def write_report(notebook: NotebookNode, report: Path) -> None:
         mermaid_layout_elk_js_url="",
         jupyter_widgets_base_url="",
     )
-    report.write_text(exporter.from_notebook_node(notebook)[0], encoding="utf-8")
+    write_text(report, exporter.from_notebook_node(notebook)[0])
 
 
 def _is_widget(output: NotebookNode) -> bool:
@@ -97,7 +97,10 @@ def table(
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
+    """Write a file that appears whole or not at all, in UTF-8.
+
+    Halves of characters, which UTF-8 has no bytes for, become escapes, as JSON spells them.
+    """
     new = file.with_name(f".{file.name}.{os.getpid()}")
-    new.write_text(text, encoding="utf-8")
+    new.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(new, file)

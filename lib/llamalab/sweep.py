@@ -27,6 +27,7 @@ from .errors import OutputExists, UsageError
 from .execution import Run, digest, read_run
 from .preflight import memory_needed, require_room
 from .progress import say, terminal_bar
+from .report import write_text
 from .runner import find_notebook, fit_parameters, in_effect, new_directory
 from .summary import write_summary
 from .worker import Worker
@@ -87,7 +88,8 @@ def prepare(
         require_room(path, in_effect(path, point), memory_limit)
     text = json.dumps([__version__, digest(path), fixed, grid])
     key = hashlib.sha256(text.encode()).hexdigest()[:6]
-    begun = sorted(Path(output_dir).absolute().glob(f"*-{path.stem}-{key}/sweep.json"))
+    begun = sorted(Path(output_dir).absolute().glob(f"*-{key}/sweep.json"))
+    begun = [file for file in begun if file.parent.name.endswith(f"-{path.stem}-{key}")]
     directory = begun[-1].parent if begun else new_directory(output_dir, path, key)
     return Sweep(path, grid, points, directory)
 
@@ -137,7 +139,7 @@ def run_sweep(
         for point in todo:
             shutil.rmtree(sweep.place(point), ignore_errors=True)
         limits = {"cell_timeout": cell_timeout, "memory_limit": memory_limit}
-        if on:
+        if on and todo:
             from .cluster import run_points
 
             ended = run_points(sweep, todo, on, limits, jobs)
@@ -223,7 +225,6 @@ def _alone(sweep: Sweep) -> Iterator[None]:
         for left in (sweep.directory / "points").glob(".*.partial"):  # by one that was killed
             shutil.rmtree(left, ignore_errors=True)
         about = {"notebook": sweep.notebook.name, "swept": sweep.swept, "points": sweep.points}
-        new = sweep.directory / ".sweep.json"
-        new.write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        os.replace(new, sweep.directory / "sweep.json")
+        text = json.dumps(about, ensure_ascii=False, indent=2)
+        write_text(sweep.directory / "sweep.json", text + "\n")
         yield

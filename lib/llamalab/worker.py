@@ -21,6 +21,7 @@ import nbformat
 
 from . import execution
 from .execution import Run, partial_directory, read_run
+from .watch import kill_group
 
 TRIES = 2
 """How often a notebook is run whose process, not its kernel, was killed by somebody."""
@@ -102,7 +103,7 @@ class Worker:
                 env=self._environment,
                 start_new_session=True,  # Ctrl-C is for the front, which then closes the leash
             )
-        process, kernel = self._process, 0
+        process, kernel, error = self._process, 0, ""
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.flush()
@@ -110,15 +111,14 @@ class Worker:
             event = json.loads(line)
             if "ended" in event:
                 if event["ended"] < 0 and kernel:
-                    execution.kill_group(kernel)
-                return ""
-            if "error" in event:
-                return event["error"]
+                    kill_group(kernel)
+                return error
+            error = event.get("error", error)
             kernel = event.get("kernel", kernel)
             on_event(event)
         self._stop()  # the worker itself was killed
         if kernel:
-            execution.kill_group(kernel)
+            kill_group(kernel)
         return ""
 
 
@@ -151,7 +151,7 @@ def _run(job: list, tell: Callable[[dict], None]) -> None:
         shutil.rmtree(partial_directory(Path(directory)), ignore_errors=True)
         # The kernel last: its end would be taken for a result, and written down.
         if "kernel" in seen:
-            execution.kill_group(seen["kernel"])
+            kill_group(seen["kernel"])
         os._exit(1)
 
     def pass_on(event: dict) -> None:
