@@ -70,7 +70,10 @@ TRAPS = {
          "threading.Thread(target=lambda: asyncio.run(two())).start()", "1"],
         "failed", "an asyncio task",
     ),
-    "killed": (["import os; os.kill(os.getpid(), 9)", "print(1)"], "killed", "SIGKILL"),
+    "killed": (
+        ["import os; os.kill(os.getpid(), 9)", "print(1)"],
+        "killed", "In cell [2]: the kernel was killed by SIGKILL",
+    ),
     "left": (["import os; os._exit(0)", "print(1)"], "killed", "exit code 0"),
     "hang": (["import time; time.sleep(600)", "print(1)"], "timeout", "longer than 3 s"),
     "hang-deaf": (

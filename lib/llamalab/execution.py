@@ -186,11 +186,13 @@ def _judge(run: Run, watch: Watch, told: list[dict]) -> None:
     code = [i for i, cell in enumerate(cells) if cell.cell_type == "code"]
     status = {i: _cell_status(cells[i]) for i in code}
     if run.status in ("killed", "timeout") and watch.cell in status:
-        status[watch.cell] = run.status
-        text = run.error = f"In cell [{cells[watch.cell].execution_count}]: {run.error}"
-        cells[watch.cell].outputs.append(
-            v4.new_output("error", ename=run.status, evalue=run.error, traceback=[text])
-        )
+        cell, status[watch.cell] = cells[watch.cell], run.status
+        # A kernel that dies at once does not even say that the cell has begun.
+        began = [i for i in code if i <= watch.cell and cells[i].source.strip()]
+        cell.execution_count = cell.execution_count or len(began)
+        text = run.error = f"In cell [{cell.execution_count}]: {run.error}"
+        shown = {"ename": run.status, "evalue": run.error, "traceback": [text]}
+        cell.outputs.append(v4.new_output("error", **shown))
     for event in told[1:]:
         for culprit in [i for i in code if 0 < (cells[i].execution_count or 0) <= event["cell"]][
             -1:
