@@ -174,7 +174,7 @@ def test_make_alone_documents_every_target(checkout):
 def test_setup_builds_once_then_does_nothing(checkout):
     text = checkout.make("setup")
     assert checkout.built and checkout.installed and checkout.stamped
-    assert "250 MB" in text
+    assert "390 MB" in text
     assert "-c requirements.lock -e .[test]" in checkout.asked
     assert checkout.make("setup") == "" and not checkout.asked
     os.utime(checkout.path / "pyproject.toml")

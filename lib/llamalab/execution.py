@@ -101,7 +101,9 @@ def execute(
     except DeadKernelError:
         run.status = "killed"
     except CellTimeoutError:
-        run.status, run.error = "timeout", f"it ran longer than {cell_timeout} s."
+        run.status, run.error = "timeout", "its output did not arrive."
+        if cell_timeout:
+            run.error = f"it ran longer than {cell_timeout} s."
     except RuntimeError as error:  # the kernel did not start
         run.error = str(error)
     finally:
@@ -174,9 +176,12 @@ def _papermill(watch: Watch, parameters: dict, folder: Path, journal: Path, time
 
 
 def _read_journal(journal: Path) -> list[dict]:
-    with contextlib.suppress(OSError):
-        return [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
-    return []
+    told = []
+    # A kernel that is killed while it writes leaves half a line, which is the last one.
+    with contextlib.suppress(OSError, ValueError):
+        for line in journal.read_text(encoding="utf-8").splitlines():
+            told.append(json.loads(line))
+    return told
 
 
 def _judge(run: Run, watch: Watch, told: list[dict]) -> None:
@@ -194,9 +199,8 @@ def _judge(run: Run, watch: Watch, told: list[dict]) -> None:
         shown = {"ename": run.status, "evalue": run.error, "traceback": [text]}
         cell.outputs.append(v4.new_output("error", **shown))
     for event in told[1:]:
-        for culprit in [i for i in code if 0 < (cells[i].execution_count or 0) <= event["cell"]][
-            -1:
-        ]:
+        ran = [i for i in code if 0 < (cells[i].execution_count or 0) <= event["cell"]]
+        for culprit in ran[-1:]:
             status[culprit] = "failed" if status[culprit] == "ok" else status[culprit]
             shown = {key: event[key] for key in ("ename", "evalue", "traceback")}
             cells[culprit].outputs.append(v4.new_output("error", **shown))
