@@ -95,7 +95,7 @@ setup: ## Make or update the environment; does nothing when it is current
 	fi; \
 	have=; if [ -z "$${python:-}" ] && "$$env/bin/python" -c "import torch" 2>/dev/null; \
 	then have=yes; fi; \
-	echo "Setting up $$env (2.3 GB on the disk, more with CUDA)."; \
+	echo "Setting up $$env (2.2 GB on the disk, more with CUDA)."; \
 	echo "To download, where pip does not have it yet: 390 MB of packages, and PyTorch:"; \
 	if [ "$$was_index" != "$$index" ]; then echo "  from $$index (200 MB for a CPU build)"; \
 	elif [ -n "$$have" ]; then echo "  none, it is there"; \
