@@ -156,6 +156,8 @@ def test_ctrl_c_keeps_what_has_ended_and_leaves_nothing_half_written(tmp_path):
     _, running, kernels = descendants(front)
     front.send_signal(signal.SIGINT)
     assert front.wait(timeout=30) == 130
+    # A kernel that was just starting looks once a second whether its parent is there.
+    psutil.wait_procs(running + kernels, timeout=10)
     assert not any(p.is_running() and p.status() != "zombie" for p in running + kernels)
     text = front.stderr.read()
     assert "goes on from there" in text and "Traceback" not in text
