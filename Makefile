@@ -21,7 +21,7 @@ BIN := $(if $(CONDA),$(CONDA),$(CURDIR)/.venv)/bin
 IN_ENV = PATH="$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run nightly lab break test test-heavy bench rehearsal clean
+.PHONY: help setup run nightly lab demo break test test-heavy bench rehearsal clean
 
 help: ## Show this list
 	@echo "Usage: make TARGET (each one sets up what it needs first)"
@@ -39,6 +39,13 @@ nightly: setup ## Prove that no lesson needs or leaves hidden state (ten minutes
 lab: setup ## Open lesson 00 in JupyterLab, for this machine only and with a token
 	@$(IN_ENV) jupyter lab --ip=127.0.0.1 \
 	  --LabApp.default_url=/lab/tree/notebooks/00_environment.ipynb $(ARGS)
+
+# Voilà renders the notebook on the Jupyter server, which asks for its token.
+demo: setup ## Serve lesson 06 as a web page without code, for this machine only and with a token
+	@$(IN_ENV) python -c "import voila" 2>/dev/null || $(IN_ENV) python -m pip \
+	  --disable-pip-version-check install -qq -c requirements.lock -e '.[demo]'
+	@$(IN_ENV) jupyter server --ip=127.0.0.1 \
+	  --ServerApp.default_url=/voila/render/notebooks/06_explore_prompts.ipynb $(ARGS)
 
 break: setup ## Make a broken model to diagnose: make break CASE=twice; without CASE, list them
 	@$(IN_ENV) python -W ignore -m llamalab.clinic $(CASE)

@@ -26,9 +26,9 @@ def lesson(request):
 
 
 def test_the_course_is_complete():
-    assert IDS[:6] == [
+    assert IDS[:7] == [
         "00_environment", "01_download_and_verify", "02_convert", "03_merge", "04_inference",
-        "05_why_english",
+        "05_why_english", "06_explore_prompts",
     ]  # fmt: skip
     assert "07_export" in IDS
 
