@@ -58,8 +58,6 @@ STYLE = """
 .llamalab-token { display: inline-block; margin: 1px 3px; padding: 0 3px;
   border: 1px solid var(--jp-border-color1, #999) }
 .llamalab-token small { opacity: .75 }
-.llamalab-explorer mark { color: inherit; background: none; font-weight: bold;
-  text-decoration: underline 2px }
 .llamalab-answer { cursor: pointer; white-space: pre-wrap; border-bottom: 2px none currentColor }
 .llamalab-answer:focus { outline: 2px solid currentColor }
 .sure { background: none }
@@ -67,6 +65,10 @@ STYLE = """
 .unsure { background: rgba(60, 120, 216, .36); border-bottom-style: dashed }
 .surprising { background: rgba(60, 120, 216, .54); border-bottom: 4px double currentColor }
 """
+
+
+MARK = "color: inherit; background: none; font-weight: bold; text-decoration: underline 2px"
+"""The style of a difference: written where it is used, for reports have no style of ours."""
 
 
 class Keys(anywidget.AnyWidget):
@@ -153,7 +155,7 @@ def side_by_side(results: Sequence[Result]) -> str:
     for result in results:
         request = result.request
         text = "".join(
-            f"<mark>{escaped(piece)}</mark>" if differs else escaped(piece)
+            f"<mark style='{MARK}'>{escaped(piece)}</mark>" if differs else escaped(piece)
             for piece, differs in differences(results[0].text, result.text)
         )
         title = f"{request.model}, template {request.template}, T {request.temperature:g}"
@@ -191,6 +193,7 @@ class Column:
         self.temperature = widgets.FloatSlider(
             value=request.temperature, min=0, max=2, step=0.1, description="Temperature"
         )
+        self.temperature.style.description_width = "initial"
         self.note, self.answer, self.facts = _html(), _html(), _html()
         self.tokens = Tokens()
         self.result: Result | None = None
@@ -420,7 +423,9 @@ class ExplorerView:
                     column.facts.value = "not begun"
             results = [column.result for column in self.columns if column.result]
             if len(results) > 1:
-                legend = "Differences from the first answer are <mark>underlined and bold</mark>:"
+                legend = (
+                    f"Differences from the first answer are <mark style='{MARK}'>like this</mark>:"
+                )
                 self.compared.value = legend + side_by_side(results)
             self.guarded(self.list_history)()
 

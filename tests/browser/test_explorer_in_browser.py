@@ -108,10 +108,13 @@ def pictures() -> Path:
     return folder
 
 
+def control(page, label: str):
+    labelled = f".llamalab-explorer .widget-inline-hbox:has(> label:text-is('{label}')):visible"
+    return page.locator(labelled).first
+
+
 def choose(page, label: str, option: str) -> None:
-    page.locator(".llamalab-explorer .widget-dropdown", has_text=label).locator(
-        "select:visible"
-    ).first.select_option(label=option)
+    control(page, label).locator("select").select_option(label=option)
 
 
 def press(page, name: str) -> None:
@@ -134,9 +137,9 @@ def ask(page, prompt: str) -> None:
 
 
 def number(page, label: str, value: str) -> None:
-    box = page.locator(".llamalab-explorer .widget-inline-hbox:visible", has_text=label).first
-    box.locator(".widget-readout").fill(value)
-    box.locator(".widget-readout").press("Enter")
+    readout = control(page, label).locator(".widget-readout")
+    readout.fill(value)
+    readout.press("Enter")
 
 
 def test_the_explorer_in_jupyterlab(browser, serve, pictures, lab, tmp_path):
