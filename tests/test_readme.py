@@ -93,5 +93,5 @@ def test_figures_that_are_arithmetic_are_the_packages():
 def test_every_lesson_and_target_is_named():
     for lesson in runner.lesson_notebooks():
         assert f"(notebooks/{lesson.name})" in README
-    for target in ("run", "lab", "break", "test", "test-heavy", "clean"):
+    for target in ("run", "lab", "demo", "break", "test", "test-heavy", "clean"):
         assert f"make {target}" in README

@@ -48,17 +48,19 @@ FORMS = {"json": ".json", "markdown": ".md", "yaml": ".yaml"}
 STYLE = """
 .llamalab-explorer, .llamalab-explorer .widget-html-content, .llamalab-explorer pre {
   color: var(--jp-ui-font-color1, #222); line-height: 1.5 }
-.llamalab-explorer pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
+.llamalab-explorer.llamalab-explorer pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
   font-family: inherit; background: none }
 .llamalab-explorer .widget-textarea textarea { min-height: 5em }
-.llamalab-column { border: 1px solid var(--jp-border-color1, #999); padding: 6px; flex: 1 1 20em }
+.llamalab-column { border: 1px solid var(--jp-border-color1, #999); padding: 6px; flex: 1 1 20em;
+  min-width: 0; overflow-wrap: anywhere }
 .llamalab-error { color: #fff; background: #b00020; padding: 4px 8px; font-weight: bold }
 .llamalab-note { border-left: 4px solid #888; padding-left: 8px }
 .llamalab-byte { border: 1px dashed currentColor } .llamalab-control { font-weight: bold }
 .llamalab-token { display: inline-block; margin: 1px 3px; padding: 0 3px;
   border: 1px solid var(--jp-border-color1, #999) }
 .llamalab-token small { opacity: .75 }
-.llamalab-answer { cursor: pointer; white-space: pre-wrap; border-bottom: 2px none currentColor }
+.llamalab-answer { cursor: pointer; display: inline-block; white-space: pre-wrap;
+  border-bottom: 2px none currentColor }
 .llamalab-answer:focus { outline: 2px solid currentColor }
 .sure { background: none }
 .likely { background: rgba(60, 120, 216, .18); border-bottom-style: dotted }
@@ -241,7 +243,7 @@ class ExplorerView:
         self.error = _html()
         self.columns_box = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
         self.columns: list[Column] = []
-        self._begin: tuple[int, ...] = request.begin
+        self._flight: object = None
         self._make_controls(request)
         self._make_history()
         self._make_chat()
@@ -407,8 +409,6 @@ class ExplorerView:
 
     def fly(self, columns: list[Column], requests: list[Request]) -> None:
         """Answer into `columns`; what was being answered is stopped and replaced."""
-        self.explorer.stop()
-        self.explorer.wait(30)
         self.error.value = self.compared.value = ""
         for column in columns:
             column.begin()
@@ -429,15 +429,22 @@ class ExplorerView:
                 self.compared.value = legend + side_by_side(results)
             self.guarded(self.list_history)()
 
-        self.explorer.start(
+        self.start(
             requests,
-            Listener(
-                lambda place, text: columns[place].grow(text),
-                lambda place, result: columns[place].finish(result),
-                failed,
-                ended,
-            ),
+            lambda place, text: columns[place].grow(text),
+            lambda place, result: columns[place].finish(result),
+            failed,
+            ended,
         )
+
+    def start(self, requests: Sequence, *calls: Callable) -> None:
+        """Start a flight; what an earlier one still has to tell is not heard."""
+        flight = self._flight = object()
+
+        def heard(call: Callable) -> Callable:
+            return lambda *arguments: self._flight is flight and self.guarded(call)(*arguments)
+
+        self.explorer.start(requests, Listener(*map(heard, calls)))
 
     # History
 
@@ -544,8 +551,8 @@ class ExplorerView:
         )
 
     def forget(self) -> None:
+        self._flight = None
         self.explorer.stop()
-        self.explorer.wait(30)
         self.turns = []
         self.show_turns()
 
@@ -563,14 +570,10 @@ class ExplorerView:
             raise ValueError("no model of the alpaca family is on disk; lesson 03 makes one")
         if not question.strip():
             raise ValueError("write a message first")
-        self.explorer.stop()
-        self.explorer.wait(30)
         self.error.value, self.message.value = "", ""
-        template, room = catalog.model(name).template, self.sliders["max_new_tokens"].value
+        template = catalog.model(name).template
         settings = replace(self.request(self.columns[0]), model=name, template=template)
-        model = self.explorer.model(name)
-        room = min(room, model.context_length // 4)
-        kept = model.fitting_history(question, template, self.turns, room)
+        settings = replace(settings, prompt=question, turns=tuple(self.turns))
         so_far = []
 
         def grow(_, text: str) -> None:
@@ -582,12 +585,10 @@ class ExplorerView:
             self.show_turns()
 
         self.show_turns(question)
-        self.explorer.start(
-            [replace(settings, prompt=question, turns=tuple(kept))],
-            Listener(
-                grow,
-                finish,
-                lambda _, error: self.show_error(error),
-                self.guarded(self.list_history),
-            ),
+        self.start(
+            [lambda: self.explorer.fitted(settings)],  # in the thread: it needs the model
+            grow,
+            finish,
+            lambda _, error: self.show_error(error),
+            self.list_history,
         )

@@ -330,6 +330,13 @@ class Explorer:
         tokenizer = self.tokenizer(request.model)
         return tokens(tokenizer, tokenizer.encode(self.text_for(request)))
 
+    def fitted(self, request: Request) -> Request:
+        """Return `request` with as many of its latest turns as leave the answer some room."""
+        model = self.model(request.model)
+        room = min(request.max_new_tokens, model.context_length // 4)
+        turns = model.fitting_history(request.prompt, request.template, request.turns, room)
+        return replace(request, turns=tuple(turns))
+
     def answer(
         self,
         request: Request,
@@ -372,8 +379,13 @@ class Explorer:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, requests: Sequence[Request], listener: Listener) -> None:
-        """Answer `requests` one after another in a thread; what flies already is stopped first."""
+    def start(
+        self, requests: Sequence[Request | Callable[[], Request]], listener: Listener
+    ) -> None:
+        """Answer `requests` one after another in a thread; what flies already is stopped first.
+
+        A request may be a function that returns one, called in the thread.
+        """
         with self._lock:
             self.stop()
             self._stop = threading.Event()
@@ -399,6 +411,7 @@ class Explorer:
                 if stop.is_set():
                     break
                 try:
+                    request = request() if callable(request) else request
                     result = self.answer(
                         request, lambda text, at=place: listener.on_text(at, text), stop.is_set
                     )
