@@ -42,8 +42,6 @@ lab: setup ## Open lesson 00 in JupyterLab, for this machine only and with a tok
 
 # Voilà renders the notebook on the Jupyter server, which asks for its token.
 demo: setup ## Serve lesson 06 as a web page without code, for this machine only and with a token
-	@$(IN_ENV) python -c "import voila" 2>/dev/null || $(IN_ENV) python -m pip \
-	  --disable-pip-version-check install -qq -c requirements.lock -e '.[demo]'
 	@$(IN_ENV) jupyter server --ip=127.0.0.1 \
 	  --ServerApp.default_url=/voila/render/notebooks/06_explore_prompts.ipynb $(ARGS)
 
