@@ -40,9 +40,12 @@ lab: setup ## Open lesson 00 in JupyterLab, for this machine only and with a tok
 	@$(IN_ENV) jupyter lab --ip=127.0.0.1 \
 	  --LabApp.default_url=/lab/tree/notebooks/00_environment.ipynb $(ARGS)
 
-# Voilà renders the notebook on the Jupyter server, which asks for its token.
+# Voilà renders the notebook on the Jupyter server, which asks for its token. Its page would fetch
+# fonts and MathJax from elsewhere; the policy forbids the browser to ask anybody but this server.
+POLICY = default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:* ws://localhost:*
 demo: setup ## Serve lesson 06 as a web page without code, for this machine only and with a token
 	@$(IN_ENV) jupyter server --ip=127.0.0.1 \
+	  --ServerApp.tornado_settings="{'headers': {'Content-Security-Policy': \"$(POLICY)\"}}" \
 	  --ServerApp.default_url=/voila/render/notebooks/06_explore_prompts.ipynb $(ARGS)
 
 break: setup ## Make a broken model to diagnose: make break CASE=twice; without CASE, list them

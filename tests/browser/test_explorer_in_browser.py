@@ -275,8 +275,12 @@ def replay(exported: Path, newest: dict, lab: Path, tmp_path: Path) -> None:
 
 
 def test_the_lesson_as_a_page(browser, serve, pictures):
-    server = serve("server")
+    policy = re.search(r"^POLICY = (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)[1]
+    headers = {"headers": {"Content-Security-Policy": policy}}
+    server = serve("server", f"--ServerApp.tornado_settings={headers}")
     page = browser.new_page(viewport={"width": 1300, "height": 1300})
+    elsewhere = []
+    page.on("response", lambda r: elsewhere.append(r.url) if "//cdn" in r.url else None)
     bare = server.url(f"voila/render/notebooks/{LESSON}").split("?")[0]
     assert "login" in page.goto(bare).url  # not without the token
     page.goto(server.url(f"voila/render/notebooks/{LESSON}"), timeout=3 * MINUTE)
@@ -284,4 +288,5 @@ def test_the_lesson_as_a_page(browser, serve, pictures):
     press(page, "Generate")
     assert answered(page)
     assert page.get_by_text("Explorer(models_dir").count() == 0  # no code
+    assert elsewhere == []
     page.screenshot(path=pictures / "page.png")
