@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from nbformat import v4
 
 from books import notebook
 from llamalab import execution, runner
@@ -197,7 +198,9 @@ def group():
 
 
 def test_real_exhaustion_under_a_cgroup_is_called_likely_out_of_memory(tmp_path, group):
-    path = notebook(tmp_path / "n.ipynb", "held = [bytearray(b'x' * 10_000_000) for _ in range(90)]")
+    path = notebook(
+        tmp_path / "n.ipynb", "held = [bytearray(b'x' * 10_000_000) for _ in range(90)]"
+    )
     command = [sys.executable, "-m", "llamalab.cli", "run", str(path)]
     done = subprocess.run(
         ["sh", "-c", f'echo $$ > {group}; exec "$@"', "sh", *command, "--output-dir", "runs"],
@@ -213,7 +216,9 @@ def test_real_exhaustion_under_a_cgroup_is_called_likely_out_of_memory(tmp_path,
 
 def kernels() -> set[int]:
     return {
-        p.pid for p in psutil.process_iter(["cmdline"]) if "llamalab.witness" in str(p.info["cmdline"])
+        p.pid
+        for p in psutil.process_iter(["cmdline"])
+        if "llamalab.witness" in str(p.info["cmdline"])
     }
 
 
@@ -241,3 +246,17 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, number, code):
     assert kernels() <= before
     assert list((tmp_path / "runs").iterdir()) == []
     assert "Traceback" not in front.stderr.read()
+
+
+def test_asking_the_kernel_meanwhile_disturbs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "NUDGE_SECONDS", 0.01)
+    source = (
+        "import time\nfrom ipywidgets import interact\n_ = interact(abs, x=(0, 3))\ntime.sleep(1)"
+    )
+    book = v4.new_notebook(cells=[v4.new_code_cell(source), v4.new_code_cell("print(1)")])
+    nbformat.write(book, tmp_path / "book.ipynb")
+    run = execution.execute(tmp_path / "book.ipynb", tmp_path / "run", {})
+    assert run.status == "ok", run.error
+    executed = nbformat.read(tmp_path / "run" / "book.ipynb", as_version=4)
+    assert [cell.execution_count for cell in executed.cells] == [1, 2]
+    assert executed.cells[1].outputs[0].text == "1\n"

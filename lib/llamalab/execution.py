@@ -6,6 +6,7 @@ A run's directory holds the executed notebook, its HTML, which needs no network,
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -28,6 +29,7 @@ from .watch import Watch, kill_group
 from .witness import ASK, RESULTS
 
 MANIFEST = "manifest.json"
+NUDGE_SECONDS = 20.0
 BANNER = "papermill-error-cell-tag"  # papermill takes cells with this tag out of a next run
 
 
@@ -118,6 +120,7 @@ def execute(
 
 def _papermill(watch: Watch, parameters: dict, folder: Path, journal: Path, timeout) -> None:
     import papermill
+    from jupyter_core.utils import run_sync
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
 
@@ -139,9 +142,26 @@ def _papermill(watch: Watch, parameters: dict, folder: Path, journal: Path, time
                 return cell
             watch.begin(index)
             try:
-                return super().execute_cell(cell, index, **options)
+                return run_sync(self._execute_cell)(cell, index, **options)
             finally:
                 watch.end()
+
+        async def _execute_cell(self, cell, index, **options):
+            nudge = asyncio.ensure_future(self._nudge())
+            try:
+                return await self.async_execute_cell(cell, index, **options)
+            finally:
+                nudge.cancel()
+
+        async def _nudge(self):
+            """Ask the kernel something now and then, so that a reply that came is noticed.
+
+            nbclient sends what widgets say on the socket on which it waits for the cell's reply,
+            past asyncio: a reply that arrives just then lies there unseen until the next one.
+            """
+            while True:
+                await asyncio.sleep(NUDGE_SECONDS)
+                self.kc.kernel_info()
 
     class Engine(NBClientEngine):
         @classmethod
