@@ -250,7 +250,8 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, number, code):
 
 def test_asking_the_kernel_meanwhile_disturbs_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(execution, "NUDGE_SECONDS", 0.01)
-    source = "import time\nfrom ipywidgets import interact\n_ = interact(lambda x: x, x=(0, 3))\ntime.sleep(1)"
+    source = "import time\nfrom ipywidgets import interact\n_ = interact(lambda x: x, x=(0, 3))"
+    source += "\ntime.sleep(1)"
     book = v4.new_notebook(cells=[v4.new_code_cell(source), v4.new_code_cell("print(1)")])
     nbformat.write(book, tmp_path / "book.ipynb")
     run = execution.execute(tmp_path / "book.ipynb", tmp_path / "run", {})
