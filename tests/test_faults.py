@@ -318,7 +318,7 @@ def test_two_processes_on_one_file(tmp_path):
         errors = [process.communicate(timeout=60)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert (models / "tiny" / "w.pth").read_bytes() == content
-    assert b"Another process is downloading" in b"".join(errors)
+    assert b"Another process is at work" in b"".join(errors)
     # The second one found the file in its place: not a byte was sent twice.
     assert sum(r.sent for r in log) <= len(content) + (1 << 20)
     assert sorted(p.name for p in (models / "tiny").iterdir()) == ["w.pth"]

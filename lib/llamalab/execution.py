@@ -120,7 +120,7 @@ def execute(
 
 def _papermill(watch: Watch, parameters: dict, folder: Path, journal: Path, timeout) -> None:
     import papermill
-    from jupyter_core.utils import run_sync
+    from nbclient.util import run_sync
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
 
