@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from jupyter_client.asynchronous.client import AsyncKernelClient
 from nbformat import v4
 
 from books import notebook
@@ -249,6 +250,10 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, number, code):
 
 
 def test_asking_the_kernel_meanwhile_disturbs_nothing(tmp_path, monkeypatch):
+    asked, ask = [], AsyncKernelClient.kernel_info
+    monkeypatch.setattr(
+        AsyncKernelClient, "kernel_info", lambda kc, **how: asked.append(kc) or ask(kc, **how)
+    )
     monkeypatch.setattr(execution, "NUDGE_SECONDS", 0.01)
     source = "import time\nfrom ipywidgets import interact\n_ = interact(lambda x: x, x=(0, 3))"
     source += "\ntime.sleep(1)"
@@ -256,6 +261,7 @@ def test_asking_the_kernel_meanwhile_disturbs_nothing(tmp_path, monkeypatch):
     nbformat.write(book, tmp_path / "book.ipynb")
     run = execution.execute(tmp_path / "book.ipynb", tmp_path / "run", {})
     assert run.status == "ok", run.error
+    assert len(asked) > 20  # a few are nbclient's own
     executed = nbformat.read(tmp_path / "run" / "book.ipynb", as_version=4)
     assert [cell.execution_count for cell in executed.cells] == [1, 2]
     assert executed.cells[1].outputs[0].text == "1\n"
