@@ -96,8 +96,8 @@ def say_what_it_needs(model: Model, work: Path) -> None:
         raise SystemExit(f"{work} is there already: remove it, or name another --work-dir.")
     if disk_free(work) < disk:
         raise SystemExit(f"There are {size_text(disk_free(work))} free.")
-    if (memory_available() or needs.inference_memory) < needs.inference_memory:
-        raise SystemExit(f"Lesson 04 needs {size_text(needs.inference_memory)} of memory.")
+    if (memory_available() or needs.cpu_memory) < needs.cpu_memory:
+        raise SystemExit(f"Lesson 04 needs {size_text(needs.cpu_memory)} of memory.")
 
 
 def rehearse(model: Model, size: str, work: Path) -> list[Step]:
@@ -108,14 +108,12 @@ def rehearse(model: Model, size: str, work: Path) -> list[Step]:
     (work / "catalog.toml").write_text(catalogue(model, mirror))
     print(f"made {size_text(held_in(mirror))} in {time.monotonic() - began:.0f} s", flush=True)
     needs, steps = estimate.needs(model), []
-    half = needs.cpu_memory > (memory_available() or needs.cpu_memory + 1)
-    answering = needs.inference_memory if half else needs.cpu_memory
     foretold = {
         "00": (0, 0),
         "01": (needs.download, 0),
         "02": (needs.download + needs.converted, needs.streaming_memory),
         "03": (needs.disk, needs.streaming_memory),
-        "04": (needs.disk, answering),
+        "04": (needs.disk, needs.cpu_memory),
     }
     with serve(mirror) as url:
         for lesson in LESSONS:

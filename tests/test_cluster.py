@@ -62,7 +62,9 @@ def test_a_lost_machine_loses_no_point(tmp_path, machines):
     assert [run.status for run in runs] == ["failed" if i == 5 else "ok" for i in range(12)]
     rows = read(swept.directory)
     assert [int(row["point"]) for row in rows] == list(range(12))
-    assert [row["result.square"] for row in rows] == [str(i**2) if i != 5 else "" for i in range(12)]
+    assert [row["result.square"] for row in rows] == [
+        str(i**2) if i != 5 else "" for i in range(12)
+    ]
     begun = (tmp_path / "log").read_text().split()
     assert set(begun) == {str(i) for i in range(12)} and len(begun) >= 12
     # The summary and the runs are those of a local run.
@@ -90,7 +92,9 @@ def test_what_a_machine_lacks_is_said_first(tmp_path, machines, monkeypatch):
     with pytest.raises(Incompatible, match="chinese-alpaca-7b is not in"):
         sweep.run_sweep(swept, on=address)
     monkeypatch.setattr(cluster, "code_digest", lambda: "another")
-    swept = sweep.prepare(path, {"seed": [1]}, {"model": "chinese-alpaca-lab"}, tmp_path, on=address)
+    swept = sweep.prepare(
+        path, {"seed": [1]}, {"model": "chinese-alpaca-lab"}, tmp_path, on=address
+    )
     with pytest.raises(Incompatible, match="another one"):
         sweep.run_sweep(swept, on=address)
     monkeypatch.setattr(cluster, "memory_needed", lambda *_: 10**15)

@@ -28,6 +28,51 @@ def test_the_weights_foretold_are_the_networks(alpaca):
     assert cache == 2 * 4 * 192 * 256 * 4  # keys and values, layers, dim, context, fp32
 
 
+def test_a_large_model_keeps_its_dtype_on_a_cpu(alpaca, monkeypatch):
+    assert load(alpaca, device="cpu").network.dtype == torch.float32
+    size = sum(p.numel() for p in load(alpaca, device="cpu").network.parameters())
+    monkeypatch.setattr(loading, "FP32_BELOW", size + 1)
+    assert load(alpaca, device="cpu").network.dtype == torch.float32
+    monkeypatch.setattr(loading, "FP32_BELOW", size)
+    assert load(alpaca, device="cpu").network.dtype == torch.float16
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (1, 8), (3, 50)])
+@pytest.mark.parametrize("out_features", [40, loading.BLOCK_ROWS, 2 * loading.BLOCK_ROWS + 3])
+def test_a_layer_in_float16_gives_the_product_rounded_once(shape, out_features):
+    chance = torch.Generator().manual_seed(out_features)
+    layer = loading._HalfLinear(96, out_features, bias=False, dtype=torch.float16)
+    layer.weight.data = torch.randn(layer.weight.shape, generator=chance).half()
+    x = torch.randn(*shape, 96, generator=chance).half()
+    with torch.inference_mode():
+        found = layer(x)
+    exact = x.double() @ layer.weight.double().T
+    assert found.dtype == torch.float16 and found.shape == (*shape, out_features)
+    # Half a step of float16, and what summing in float32 adds.
+    allowed = exact.abs() * 2**-11 + 1e-5
+    assert ((found.double() - exact).abs() <= allowed).all()
+    rounded_twice = (x[..., :48] @ layer.weight[:, :48].T) + (x[..., 48:] @ layer.weight[:, 48:].T)
+    assert ((rounded_twice.double() - exact).abs() > allowed).any()  # the bound is a tight one
+
+
+def test_in_float16_a_prompt_is_read_and_answered_as_plain_transformers_does(alpaca):
+    from transformers import AutoModelForCausalLM
+
+    model = load(alpaca, device="cpu", dtype="float16")
+    plain = AutoModelForCausalLM.from_pretrained(alpaca, dtype=torch.float16)
+    assert not any(isinstance(m, loading._HalfLinear) for m in plain.modules())
+    if not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        assert sum(isinstance(m, loading._HalfLinear) for m in model.network.modules()) == 4 * 7 + 1
+    prompt = TEMPLATES["alpaca"].render("苹果是植物吗")
+    ids = torch.tensor([model.tokenizer.encode(prompt)])
+    theirs = plain.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :].tolist()
+    answer = model.generate(prompt, temperature=0, max_new_tokens=12)
+    assert answer.answer_ids == theirs[: len(answer.answer_ids)] and answer.answer_tokens > 5
+    with torch.inference_mode():
+        apart = (model.network(ids).logits - plain(ids).logits).abs().max().item()
+    assert apart < 0.1
+
+
 @pytest.mark.parametrize("quantize", ["8bit", "4bit"])
 def test_fewer_bits_answer_the_same_in_the_room_foretold(alpaca, quantize):
     model = load(alpaca, device="cpu", quantize=quantize)

@@ -146,19 +146,16 @@ def fits(
             f"{detail}; {size_text(ram)} are available",
             "Close other programs and kernels.",
         )
-    half, full = needs.inference_memory, needs.cpu_memory
-    if half <= gpu_memory:
-        yield Row(OK, "Memory needed", f"{size_text(half)} to answer, on the GPU")
-    elif full <= ram:
-        yield Row(OK, "Memory needed", f"{size_text(full)} to answer, on the CPU")
-    elif half <= ram:
-        detail = f"{size_text(half)} to answer, on the CPU and with dtype float16 only"
-        yield Row(INFO, "Memory needed", f"{detail}; float32 needs {size_text(full)}")
+    on_gpu, on_cpu = needs.inference_memory, needs.cpu_memory
+    if on_gpu <= gpu_memory:
+        yield Row(OK, "Memory needed", f"{size_text(on_gpu)} to answer, on the GPU")
+    elif on_cpu <= ram:
+        yield Row(OK, "Memory needed", f"{size_text(on_cpu)} to answer, on the CPU")
     else:
         yield Row(
             FAIL,
             "Memory needed",
-            f"{size_text(half)} to answer; {size_text(max(ram, gpu_memory))} are available",
+            f"{size_text(on_cpu)} to answer; {size_text(max(ram, gpu_memory))} are available",
             "Choose a smaller model ('llamalab models' lists them) or a machine with more "
             "memory; downloading, converting and merging need less and can be done here.",
         )

@@ -16,6 +16,9 @@ from .catalog import Model, Part, Shape
 STREAMED = 300_000_000
 # What Python, PyTorch and transformers occupy before the first weight is read; measured.
 RUNTIME = 400_000_000
+# Parameters of a model that a CPU holds in fp32, for exactness; a larger one keeps its dtype, as
+# the time for a token is the time to read all weights once, and fp32 doubles both.
+FP32_BELOW = 1_000_000_000
 
 
 def size_text(size: float) -> str:
@@ -114,7 +117,7 @@ class Needs:
         disk: all of these at once, the most that is ever there.
         streaming_memory: to convert or merge, one tensor at a time.
         inference_memory: to answer: weights, KV cache at full context, workspace, runtime.
-        cpu_memory: the same in fp32, in which a CPU computes unless told otherwise.
+        cpu_memory: the same on a CPU, which holds models below `FP32_BELOW` in fp32.
         arithmetic: one line of text a step.
     """
 
@@ -136,7 +139,7 @@ class Needs:
         return asdict(self)
 
 
-def needs(model: Model, bytes_per_value: int = 2) -> Needs:
+def needs(model: Model) -> Needs:
     """Return what `model` will need, from its catalogue entry alone."""
     base, shape = model.base, model.base.shape
     vocab = model.parts[-1].vocab
@@ -148,11 +151,12 @@ def needs(model: Model, bytes_per_value: int = 2) -> Needs:
     merged = checkpoint_bytes(shape, vocab) if adapters else 0
     disk = download + original + merged
 
-    weights = checkpoint_bytes(shape, vocab, bytes_per_value)
-    cache = kv_cache_bytes(shape, base.context, 1, bytes_per_value)
-    workspace = workspace_bytes(shape, vocab, base.context, bytes_per_value)
-    memory = inference_bytes(shape, vocab, base.context, bytes_per_value)
-    in_fp32 = inference_bytes(shape, vocab, base.context, 4)
+    weights = checkpoint_bytes(shape, vocab)
+    cache = kv_cache_bytes(shape, base.context)
+    workspace = workspace_bytes(shape, vocab, base.context)
+    memory = inference_bytes(shape, vocab, base.context)
+    in_fp32 = total < FP32_BELOW
+    on_cpu = inference_bytes(shape, vocab, base.context, 4) if in_fp32 else memory
 
     lines = [
         f"embeddings  2 x {vocab:,} tokens x {shape.dim:,} = {2 * vocab * shape.dim:,}",
@@ -175,12 +179,13 @@ def needs(model: Model, bytes_per_value: int = 2) -> Needs:
         f" = {size_text(disk)}",
         f"to convert  about {size_text(STREAMED)} of memory, and to merge: row block by row block",
         f"KV cache    2 x {shape.layers} layers x {shape.kv_heads} heads x "
-        f"{shape.dim // shape.heads} x {base.context:,} tokens x {bytes_per_value} bytes"
+        f"{shape.dim // shape.heads} x {base.context:,} tokens x 2 bytes"
         f" = {size_text(cache)}",
         f"to answer   weights {size_text(weights)} + KV cache {size_text(cache)} + workspace "
         f"{size_text(workspace)} + runtime {size_text(RUNTIME)} = {size_text(memory)}",
-        f"on a CPU    the same with 4 bytes a value, fp32 = {size_text(in_fp32)}",
     ]
+    if in_fp32:
+        lines.append(f"on a CPU    the same with 4 bytes a value, fp32 = {size_text(on_cpu)}")
     return Needs(
         model=model.name,
         parameters=total,
@@ -190,6 +195,6 @@ def needs(model: Model, bytes_per_value: int = 2) -> Needs:
         disk=disk,
         streaming_memory=STREAMED,
         inference_memory=memory,
-        cpu_memory=in_fp32,
+        cpu_memory=on_cpu,
         arithmetic=tuple(lines),
     )
