@@ -3,9 +3,10 @@
     python benchmarks/decode.py [--size lab|1b|7b] [--repeats N] [--tokens N] [--json FILE]
 
 Made-up weights of the true shapes, on the GPU where PyTorch sees one, else on the CPU. Every
-contender runs in a process of its own, in turns; what is counted is the time for a token after the
-prompt was read and one answer was given to warm up. Reading all weights once a token is what bounds
-it, so each row is also shown as bytes a second, and as a share of what a copy of memory reaches.
+contender runs in a process of its own, in turns, and gives one answer to warm up. Counted are the
+time to read a prompt, the time for a token after that, and a whole answer. Reading all weights once
+is what bounds a token, so it is also shown as bytes a second, and as a share of what a copy of
+memory reaches.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import harness
 
-PROMPT = [1, *range(500, 515)]  # ids that every size has
+PROMPT_TOKENS = 64  # about those of a short question in the alpaca template
 
 # name: (program, dtype, rows at once)
 CONTENDERS = {
@@ -43,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", default="1b", choices=["lab", "1b", "7b"])
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
-    parser.add_argument("--tokens", type=int, default=16, metavar="N", help="a run; default 16")
+    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="an answer; default 32")
     parser.add_argument("--only", default="", metavar="TEXT", help="contenders with it in the name")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
@@ -95,18 +96,32 @@ def work(program: str, kind: str, count: str, model: Path, tokens: int) -> dict:
         return {"bytes": copy_speed()}
     if program == "batches":
         return batches()
+    ids, text = prompt(model / "hf")
     if program == "llama.cpp":
-        answer, weights = llama_cpp(model / f"{kind}.gguf")
+        answer, weights = llama_cpp(model / f"{kind}.gguf", ids)
     else:
-        answer, weights = with_torch(program, kind, int(count), model / "hf")
+        answer, weights = with_torch(program, kind, int(count), model / "hf", ids, text)
     answer(2)  # the warm-up
     seconds = []
-    for length in (1, tokens + 1):
+    for length in (1, tokens):
         began = time.perf_counter()
         answer(length)
         seconds.append(time.perf_counter() - began)
-    each = (seconds[1] - seconds[0]) / tokens
-    return {"rate": int(count) / each, "bytes": weights / each}
+    read, whole = seconds
+    each = (whole - read) / (tokens - 1)
+    read_rate, rate = int(count) * len(ids) / read, int(count) / each
+    return {"read": read_rate, "rate": rate, "bytes": weights / each, "whole": whole}
+
+
+def prompt(hf: Path) -> tuple[list[int], str]:
+    """Return (ids, text) of a prompt of `PROMPT_TOKENS` tokens, BOS included."""
+    from llamalab.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(hf)
+    text = "made up"
+    while len(ids := tokenizer.encode(text)) < PROMPT_TOKENS:
+        text += " a"
+    return ids, text
 
 
 def batches() -> dict:
@@ -149,7 +164,7 @@ def copy_speed() -> float:
     return 2 * block.nbytes / best
 
 
-def with_torch(program: str, kind: str, count: int, hf: Path):
+def with_torch(program: str, kind: str, count: int, hf: Path, ids: list[int], text: str):
     """Return (a function that gives answers of a length, the bytes of the weights)."""
     import torch
 
@@ -164,23 +179,24 @@ def with_torch(program: str, kind: str, count: int, hf: Path):
 
         def answer(length: int) -> None:
             how = {"temperature": 0, "max_new_tokens": length, "seeds": [0] * count}
-            found = model.generate_batch(["made up, word by word"] * count, **how)
+            found = model.generate_batch([text] * count, **how)
             assert found[0].answer_tokens == length, "the random weights have ended the answer"
     else:
         from transformers import AutoModelForCausalLM
 
         network = AutoModelForCausalLM.from_pretrained(hf, dtype=getattr(torch, kind)).to(device)
-        ids = torch.tensor([PROMPT] * count, device=device)
-        settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+        given = torch.tensor([ids] * count, device=device)
+        settings = {"attention_mask": torch.ones_like(given), "do_sample": False}
+        settings["pad_token_id"] = 0
 
         def answer(length: int) -> None:
             lengths = {"min_new_tokens": length, "max_new_tokens": length}
-            network.generate(ids, **lengths, **settings)[0, -1].item()
+            network.generate(given, **lengths, **settings)[0, -1].item()
 
     return answer, sum(p.numel() * p.element_size() for p in network.parameters())
 
 
-def llama_cpp(file: Path):
+def llama_cpp(file: Path, ids: list[int]):
     import os
     import secrets
 
@@ -202,7 +218,7 @@ def llama_cpp(file: Path):
     )
 
     def answer(length: int, server=server) -> None:
-        asked = {"prompt": PROMPT, "n_predict": length, "temperature": 0, "ignore_eos": True}
+        asked = {"prompt": ids, "n_predict": length, "temperature": 0, "ignore_eos": True}
         client.post("/completion", json=asked | {"cache_prompt": False}).raise_for_status()
 
     return answer, file.stat().st_size
@@ -217,16 +233,27 @@ def report(
     where = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA: the CPU"
     print(f"\nDecoding, {options.size}, on {where}\n{facts['machine']}; {facts['date']}")
     print(f"best of {options.repeats} rounds, in turns; a copy reaches {copied / 1e9:.1f} GB/s\n")
-    print("| | tokens/s | GB/s | share of a copy |\n| --- | ---: | ---: | ---: |")
+    heads = ("read, tokens/s", "answer, tokens/s", "GB/s", "share of a copy", "whole answer, s")
+    print(f"| | {' | '.join(heads)} |\n| --- {'| ---: ' * len(heads)}|")
     best = {}
     for name, rounds in rows.items():
         good = [one for one in rounds if "rate" in one]
         if not good:
-            print(f"| {name} | {rounds[-1]['failed']} | | |")
+            print(f"| {name} | {rounds[-1]['failed']} {'| ' * len(heads)}|")
             continue
-        best[name] = max(good, key=lambda one: one["rate"])
-        rate, moved = best[name]["rate"], best[name]["bytes"]
-        print(f"| {name} | {rate:.2f} | {moved / 1e9:.1f} | {moved / copied:.0%} |")
+        best[name] = {key: max(one[key] for one in good) for key in ("read", "rate", "bytes")}
+        best[name]["whole"] = min(one["whole"] for one in good)
+        read, rate, moved, whole = best[name].values()
+        cells = (f"{read:.0f}", f"{rate:.2f}", f"{moved / 1e9:.1f}", f"{moved / copied:.0%}")
+        print(f"| {name} | {' | '.join(cells)} | {whole:.2f} |")
+    print(f"\na whole answer: {PROMPT_TOKENS} tokens read, {options.tokens} answered")
+    for dtype in ("fp32", "fp16", "bf16"):
+        ours, plain = (best.get(f"{who}, {dtype}") for who in ("llamalab", "plain transformers"))
+        if ours and plain:
+            shown = {"read": "read", "rate": "answer"}
+            parts = [f"{word} {ours[key] / plain[key]:.2f}" for key, word in shown.items()]
+            parts.append(f"whole {plain['whole'] / ours['whole']:.2f}")
+            print(f"llamalab over plain transformers, {dtype}: {', '.join(parts)}")
     many = min(batched, key=lambda one: one["at once"])
     one = min(batched, key=lambda one: one["one by one"])
     print(

@@ -10,9 +10,10 @@ import threading
 import time
 
 import pytest
+import torch
 
 from books import notebook
-from llamalab import cluster, preflight, sweep
+from llamalab import cluster, inference, labmodel, labworld, preflight, sweep
 from llamalab.errors import Incompatible, NotEnoughRoom, NotFound, UsageError
 
 pytestmark = pytest.mark.heavy
@@ -111,6 +112,54 @@ def test_a_cluster_of_this_machine_alone_by_the_command(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "2 of 2 points ended ok" in done.stdout and time.monotonic() - began < 240
+
+
+def test_prompts_are_answered_once_each_though_a_machine_is_lost(lab, tmp_path, machines):
+    made, address, second = machines
+    data, here, there = (tmp_path / name for name in ("p.txt", "here.jsonl", "there.jsonl"))
+    questions = labmodel.sample(labworld.questions(labworld.load(), "zh"), 60)
+    data.write_text("\n".join(q.text for q in questions), encoding="utf-8")
+    command = [sys.executable, "-W", "ignore", "-m", "llamalab.cli", "generate", "--with-prompt"]
+    command += ["--base-model", "chinese-alpaca-lab", "--models-dir", str(lab), "--only-cpu"]
+    command += ["--data-file", str(data), "--batch-size", "2", "--seed", "5"]
+    command += ["--temperature", "1.5", "--max-new-tokens", "24", "--predictions-file"]
+    subprocess.run([*command, str(here)], check=True, capture_output=True, timeout=240)
+    size = here.stat().st_size
+
+    def lose_one():
+        while not there.exists() or there.stat().st_size < size // 5:
+            time.sleep(0.01)
+        made.remove_node(second, allow_graceful=False)
+
+    losing = threading.Thread(target=lose_one, daemon=True)
+    losing.start()
+    done = subprocess.run(
+        [*command, str(there), "--on", address], capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    assert not losing.is_alive() and len(made.list_all_nodes()) == 1
+    assert "60 answers" in done.stderr
+    lines = [json.loads(line) for line in there.read_text(encoding="utf-8").splitlines()]
+    assert [line["index"] for line in lines] == list(range(60))
+    assert there.read_bytes() == here.read_bytes()
+
+
+def test_prompts_need_the_model_on_every_machine(lab, tmp_path, machines, monkeypatch):
+    _, address, _ = machines
+    how = {"base_model": str(lab / "chinese-alpaca-lab"), "lora_model": None, "models_dir": ""}
+    how |= {"device": "cpu", "dtype": "auto", "quantize": None, "force": False}
+    how["tokenizer_path"] = None
+    with cluster.answering(address, how) as (model, answer):
+        assert model.network.dtype == torch.float32 and model.device.type == "meta"
+        settings = {"template": "alpaca", "temperature": -1}
+        with pytest.raises(UsageError, match="temperature"):  # an error there is the error here
+            settings = inference.SAMPLING | settings | {"stop": []}
+            next(answer([(["苹果是植物吗"], [0])], settings))
+    real = cluster._require_there
+    elsewhere = {"parts": {"base_model": str(tmp_path / "absent")}}
+    monkeypatch.setattr(cluster, "_require_there", lambda r, m, parts: real(r, m, **elsewhere))
+    with pytest.raises(Incompatible, match="absent"), cluster.answering(address, how):
+        pass
 
 
 def test_addresses_that_lead_nowhere(tmp_path):

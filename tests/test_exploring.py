@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -157,6 +159,26 @@ def test_the_history_survives_and_can_be_starred_and_thinned(kept, lab):
     kept.history.path.write_text(json.dumps([starred, *many]))
     kept.history.add(second)
     assert len(kept.history.read()) == KEPT + 1 and kept.history.read()[0].starred
+
+
+ADDING = """
+import json, sys
+from llamalab.exploring import History, Result
+held = json.loads(sys.argv[2])
+for number in range(30):
+    History(sys.argv[1]).add(Result.from_dict(held | {"id": f"{sys.argv[3]}-{number}"}))
+"""
+
+
+def test_two_processes_lose_nothing_of_each_others(explorer, tmp_path):
+    path = tmp_path / "history.json"
+    held = export(explorer.answer(asked(max_new_tokens=1)), "json")
+    command = [sys.executable, "-W", "ignore", "-c", ADDING, str(path), held]
+    both = [subprocess.Popen([*command, name]) for name in "ab"]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    wanted = {f"{name}-{number}" for name in "ab" for number in range(30)}
+    assert {result.id for result in History(path).read()} == wanted
+    assert [p.name for p in tmp_path.iterdir()] == ["history.json"]
 
 
 @pytest.mark.parametrize("text", ["", "[{]", '[{"id": 1}]', "{}x", '["a"]', "5"])

@@ -151,7 +151,7 @@ def test_a_batch_is_no_larger_than_memory_holds(model, monkeypatch):
     row = 2 * 4 * 6 * 32 * 100 * 4  # keys and values, layers, heads, head size, tokens, fp32
     for free, rows in ((None, 64), (10**12, 64), (2 * 7 * row, 7), (row, 1), (0, 1)):
         monkeypatch.setattr(predictions, "memory_free", lambda where, free=free: free)
-        assert predictions._fitting_batch(model, 100) == rows
+        assert predictions.fitting_batch(model, 100) == rows
 
 
 def test_killed_at_random_points_it_ends_with_the_undisturbed_file(lab, questions, tmp_path):

@@ -176,6 +176,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size", type=_positive, metavar="N", help="prompts of --data-file at once"
     )
     added.add_argument(
+        "--on", metavar="ray", help="ray, or ray://HOST:PORT: answer --data-file there"
+    )
+    added.add_argument(
         "--with-prompt", action="store_true", help="put the alpaca template around each prompt"
     )
     added.add_argument("--temperature", type=float, default=0.2, help="0 is greedy; default 0.2")
@@ -381,6 +384,8 @@ def _merge(options) -> int:
 def _generate(options) -> int:
     if bool(options.data_file) != bool(options.predictions_file):
         raise UsageError("--data-file and --predictions-file belong together.")
+    if options.on and not options.data_file:
+        raise UsageError("--on is for the prompts of a --data-file.")
     if options.gpus is not None:  # before PyTorch is loaded, which looks at it once
         os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
     from .inference import check_seed, effective
@@ -395,16 +400,14 @@ def _generate(options) -> int:
         from .predictions import read_prompts
 
         read_prompts(options.data_file)
-    model = load(
-        options.base_model,
-        options.lora_model,
-        device=options.device,
-        dtype=options.dtype,
-        quantize=options.quantize,
-        tokenizer_path=options.tokenizer_path,
-        models_dir=options.models_dir,
-        force=options.force,
-    )
+    names = ("base_model", "lora_model", "device", "dtype", "quantize", "tokenizer_path")
+    how = {name: getattr(options, name) for name in (*names, "models_dir", "force")}
+    if options.on:
+        from .cluster import answering
+
+        with answering(options.on, how) as (model, answer):
+            return _predict(model, settings, options, answer)
+    model = load(**how)
     if options.interactive and model.family == "alpaca":
         settings["template"] = "alpaca"  # outside of it the family does not follow instructions
     if options.show_settings:
@@ -435,7 +438,7 @@ def _talk(model, settings: dict, options) -> int:
     return 0
 
 
-def _predict(model, settings: dict, options) -> int:
+def _predict(model, settings: dict, options, answer=None) -> int:
     from .predictions import predict
 
     origin = {name: getattr(options, name) for name in ("base_model", "lora_model", "quantize")}
@@ -448,6 +451,7 @@ def _predict(model, settings: dict, options) -> int:
         seed=options.seed,
         origin=origin,
         batch_size=options.batch_size,
+        answer=answer,
     )
     print(done, file=sys.stderr)
     return 0

@@ -1,7 +1,8 @@
-"""The points of a sweep on a Ray cluster. Ray schedules, retries and carries; the rest is ours.
+"""Points of a sweep, and batches of prompts, on a Ray cluster. Ray schedules, retries, carries.
 
 A point goes out as the notebook's text and its parameters, and comes back as the files of its
-run. So the machines need llamalab, the same as here, and the large models, but no shared disk.
+run; a batch goes out as text and comes back as answers. So the machines need llamalab, the same
+as here, and the large models, but no shared disk.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+import torch
 
-from . import execution
+from . import catalog, execution, loading, merging
 from .course import AFFORDABLE
-from .errors import Incompatible, NotEnoughRoom, NotFound, UsageError
+from .errors import Incompatible, LabError, NotEnoughRoom, NotFound, UsageError
 from .estimate import size_text
 from .execution import MANIFEST, Run, partial_directory, read_run
-from .places import models_directory
+from .inference import Answer, Model
+from .places import locate, models_directory
+from .predictions import Batch, fitting_batch
 from .preflight import memory_needed, model_needs
 from .report import write_text
 from .runner import in_effect
@@ -29,6 +34,7 @@ RETRIES = 5
 """How often Ray runs a point again whose machine was lost."""
 
 _worker = None  # of this Ray process: papermill is imported once, not for each point
+_model = None  # of this Ray process: (what `load` was told, what it gave)
 
 
 def run_points(
@@ -48,12 +54,11 @@ def run_points(
     values = [in_effect(sweep.notebook, sweep.points[point]) for point in todo]
     ray = _connect(on)
     try:
-        machines = [node for node in ray.nodes() if node["Alive"]]
+        machines = _machines(ray)
         memory = max((memory_needed(v, limits["memory_limit"]) for v in values), default=0)
         _require_memory(machines, memory)
-        _require_code_and_models(ray, machines, values)
-        gpu = any("GPU" in node["Resources"] for node in machines)
-        gpu = gpu and any(v.get("device") != "cpu" for v in values)
+        _require_there(ray, machines, large_models=_large_models(values))
+        gpu = _have_gpu(machines) and any(v.get("device") != "cpu" for v in values)
         task = ray.remote(run_point).options(
             num_cpus=1, num_gpus=int(gpu), memory=memory, max_retries=RETRIES
         )
@@ -79,6 +84,75 @@ def run_point(name: str, text: bytes, parameters: dict, limits: dict) -> dict[st
         notebook.write_bytes(text)
         run = _worker.run(notebook, Path(folder) / "run", parameters, **limits)
         return {file.name: file.read_bytes() for file in run.directory.iterdir()}
+
+
+@contextmanager
+def answering(on: str, how: dict) -> Iterator[tuple[Model, Callable]]:
+    """Connect to a cluster whose machines are to answer prompts.
+
+    Args:
+        on: as in `run_points`.
+        how: the arguments of `loading.load`, by name.
+
+    Yields:
+        A model without weights, and what `predictions.predict` takes as `answer`.
+
+    Raises:
+        NotFound, Incompatible, NotEnoughRoom: as `run_points`.
+    """
+
+    def absolute(item) -> str:  # the working directories of the machines are others
+        return str(locate(item, how["models_dir"]).resolve())
+
+    own = how["tokenizer_path"]
+    parts = {
+        "base_model": absolute(how["base_model"]),
+        "lora_model": [absolute(item) for item in merging.adapter_list(how["lora_model"])],
+        "tokenizer_path": own and str(Path(own).resolve()),
+        "force": how["force"],
+    }
+    view = loading.view_of(**parts)
+    ray = _connect(on)
+    try:
+        machines = _machines(ray)
+        gpu = _have_gpu(machines) and how["device"] != "cpu"
+        chosen = loading.pick_dtype(view, torch.device("cuda" if gpu else "cpu"), how["dtype"])
+        memory = sum(loading.memory_needed(view, chosen, how["quantize"]).values())
+        _require_memory(machines, memory)
+        _require_there(ray, machines, parts=parts)
+        # Ray gives each task on a GPU a process of its own, so that none keeps what it holds.
+        task = ray.remote(answer_batch).options(
+            num_cpus=1, num_gpus=int(gpu), memory=memory, max_retries=RETRIES
+        )
+        there = how | parts | {"dtype": str(chosen).removeprefix("torch.")}
+
+        def answer(batches: list[Batch], settings: dict) -> Iterator[list[Answer]]:
+            waiting = [task.remote(there, *batch, settings) for batch in batches]
+            while waiting:
+                try:
+                    yield ray.get(waiting.pop(0))
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None  # without Ray's own report around it
+
+        yield loading.without_weights(view, chosen), answer
+    finally:
+        ray.shutdown()
+
+
+def answer_batch(how: dict, prompts: list[str], seeds: list[int], settings: dict) -> list[Answer]:
+    """On a machine of the cluster: answer prompts, as many at once as its memory holds."""
+    global _model
+    if _model is None or _model[0] != how:
+        _model = (how, loading.load(**how))
+    model = _model[1]
+    texts = [model.text_for(prompt, settings["template"]) for prompt in prompts]
+    longest = max(len(model.tokenizer.encode(text)) for text in texts)
+    size = fitting_batch(model, longest + settings["max_new_tokens"])
+    answers = []
+    for at in range(0, len(prompts), size):
+        some = slice(at, at + size)
+        answers += model.generate_batch(prompts[some], seeds=seeds[some], **settings)
+    return answers
 
 
 def _take(ray, done, sweep, point: int) -> Run:
@@ -129,57 +203,77 @@ def _connect(on: str):
     return ray
 
 
+def _machines(ray) -> list[dict]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _have_gpu(machines: list[dict]) -> bool:
+    return any("GPU" in node["Resources"] for node in machines)
+
+
 def _require_memory(machines: list[dict], memory: int) -> None:
     largest = max(node["Resources"].get("memory", 0) for node in machines)
     if memory > largest:
         raise NotEnoughRoom(
-            f"One point needs {size_text(memory)} of memory.",
+            f"One task needs {size_text(memory)} of memory.",
             f"The largest machine of the cluster offers {size_text(largest)}.",
             "Choose a smaller model, a machine with more memory, or a --memory-limit.",
         )
 
 
-def _require_code_and_models(ray, machines: list[dict], values: list[dict]) -> None:
-    """Ask every machine whether it has this llamalab and the models that no notebook makes."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+def _large_models(values: list[dict]) -> list[tuple[str, str]]:
+    """Return (model, models directory) of those that no notebook makes unasked."""
     models = set()
     for value in values:
         need = model_needs(value)
         if need and need.disk > AFFORDABLE:
             models.add((need.model, str(models_directory(str(value.get("models_dir", ""))))))
+    return sorted(models)
 
-    def ask(models):  # sent by value: it must run where llamalab is not
+
+def _require_there(ray, machines: list[dict], **asked) -> None:
+    """Ask every machine whether it has this llamalab, and what else is asked for (`missing`)."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def ask(asked):  # sent by value: it must run where llamalab is not
         try:
             from llamalab import cluster
         except ImportError as error:
             return [f"llamalab does not load ({error})"], ""
-        return cluster.missing_models(models), cluster.code_digest()
+        return cluster.missing(**asked), cluster.code_digest()
 
     for node in machines:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task = ray.remote(ask).options(scheduling_strategy=there, num_cpus=0)
-        missing, digest = ray.get(task.remote(sorted(models)))
-        if not missing and digest != code_digest():
-            missing = ["llamalab is another one"]
-        if missing:
+        absent, digest = ray.get(task.remote(asked))
+        if not absent and digest != code_digest():
+            absent = ["llamalab is another one"]
+        if absent:
             raise Incompatible(
-                f"The machine {node['NodeManagerAddress']} cannot run this: {'; '.join(missing)}.",
+                f"The machine {node['NodeManagerAddress']} cannot run this: {'; '.join(absent)}.",
                 "Every machine needs the same llamalab, and large models at the same place.",
                 "Install it there, bring the model with 'llamalab download', and try again.",
             )
 
 
-def missing_models(models: list[tuple[str, str]]) -> list[str]:
-    """Return a sentence for each (model, models directory) that this machine does not hold."""
-    from . import catalog
+def missing(large_models: Sequence[tuple[str, str]] = (), parts: dict | None = None) -> list[str]:
+    """Return a sentence for each thing that this machine does not hold.
 
-    missing = []
-    for name, directory in models:
-        parts = [Path(directory) / part.name for part in catalog.model(name).parts]
-        if not (Path(directory) / name).is_dir() and not all(p.is_dir() for p in parts):
-            missing.append(f"{name} is not in {directory}")
-    return missing
+    Args:
+        large_models: (catalogue name, models directory) of each.
+        parts: the files of a model, as `loading.view_of` takes them.
+    """
+    absent = []
+    for name, directory in large_models:
+        needed = [Path(directory) / part.name for part in catalog.model(name).parts]
+        if not (Path(directory) / name).is_dir() and not all(p.is_dir() for p in needed):
+            absent.append(f"{name} is not in {directory}")
+    if parts:
+        try:
+            loading.view_of(**parts)
+        except LabError as error:
+            absent.append(str(error).splitlines()[0])
+    return absent
 
 
 def code_digest() -> str:

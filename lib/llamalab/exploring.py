@@ -28,6 +28,7 @@ from . import catalog
 from .errors import DamagedFile, LabError, LabWarning, NotFound, UsageError
 from .inference import SAMPLING, Model
 from .loading import load
+from .partial import locked
 from .places import models_directory, project_directory
 from .templates import TEMPLATES, Turn
 from .tokenizer import Tokenizer
@@ -211,12 +212,12 @@ class History:
         )
 
     def _change(self, change: Callable[[list[Result]], list[Result]]) -> None:
-        with self._lock:  # read anew: another notebook may have added something
+        # Read anew: another notebook may have added something, and none may do so meanwhile.
+        with self._lock, locked(self.path.parent):
             results = change(self.read())
             plain = [r for r in results if not r.starred]
             spare = {r.id for r in plain[: max(0, len(plain) - KEPT)]}
             lines = [json.dumps(asdict(r), ensure_ascii=True) for r in results if r.id not in spare]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_name(self.path.name + ".partial")
             partial.write_text("[\n" + ",\n".join(lines) + "\n]\n", "utf-8")
             partial.replace(self.path)

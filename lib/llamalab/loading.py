@@ -95,10 +95,16 @@ def load(
         LabError: nothing to load, parts that do not fit, or too little memory.
     """
     pick_device(device)  # a wrong name is said before anything is read
+    view = view_of(base_model, lora_model, tokenizer_path, models_dir, force)
+    return model_of(view, device=device, dtype=dtype, quantize=quantize)
+
+
+def view_of(base_model, lora_model=None, tokenizer_path=None, models_dir="", force=False):
+    """Return what `load` would read, as a view; for the arguments see there."""
     view = compose(base_model, lora_model, models_dir=models_dir, force=force)
     if tokenizer_path:
         view.tokenizer = Tokenizer(tokenizer_path).path
-    return model_of(view, device=device, dtype=dtype, quantize=quantize)
+    return view
 
 
 def model_of(
@@ -107,13 +113,9 @@ def model_of(
     """Load a checkpoint in HF layout, a view with adapters included; otherwise as `load`."""
     where = pick_device(device)
     fitting_model(view)  # an id beyond the embedding would be an error far from its cause
-    if dtype not in (*DTYPES, "auto"):
-        raise UsageError(f"There is no dtype '{dtype}'.", "", f"Use auto, {', '.join(DTYPES)}.")
+    chosen = pick_dtype(view, where, dtype)
     if quantize not in (None, *QUANTIZED):
         raise UsageError(f"There is no quantisation '{quantize}'.", "", "Use 8bit or 4bit.")
-    small = view.total_bytes // view.dtype.itemsize < FP32_BELOW
-    auto = torch.float32 if where.type == "cpu" and small else view.dtype
-    chosen = DTYPES.get(dtype, auto)
     if quantize and not importlib.util.find_spec("bitsandbytes"):
         raise NotFound(
             "bitsandbytes, which quantises, is not installed.",
@@ -122,6 +124,24 @@ def model_of(
         )
     _require_memory(view, where, chosen, quantize)
     network = _network(view, where, chosen, quantize)
+    return Model(network, Tokenizer(view.tokenizer), view.made_of)
+
+
+def pick_dtype(view: Checkpoint, where: torch.device, dtype: str = "auto") -> torch.dtype:
+    """Return the dtype that `load` takes for a checkpoint on a device."""
+    if dtype not in (*DTYPES, "auto"):
+        raise UsageError(f"There is no dtype '{dtype}'.", "", f"Use auto, {', '.join(DTYPES)}.")
+    small = view.total_bytes // view.dtype.itemsize < FP32_BELOW
+    auto = torch.float32 if where.type == "cpu" and small else view.dtype
+    return DTYPES.get(dtype, auto)
+
+
+def without_weights(view: Checkpoint, dtype: torch.dtype) -> Model:
+    """Return a model that knows its tokenizer and its limits, and cannot answer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        network = LlamaForCausalLM(LlamaConfig.from_dict(view.config)).to(dtype)
     return Model(network, Tokenizer(view.tokenizer), view.made_of)
 
 

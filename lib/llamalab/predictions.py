@@ -10,9 +10,10 @@ import fcntl
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from .errors import DamagedFile, Incompatible, NotFound, OutputExists
@@ -23,6 +24,9 @@ from .progress import bar
 
 BATCH = 64
 """Prompts that are answered at once, at most."""
+
+Batch = tuple[list[str], list[int]]
+"""Prompts, and the seed for each."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +89,18 @@ def predict(
     seed: int | None = None,
     origin: dict | None = None,
     batch_size: int | None = None,
+    answer: Callable[[list[Batch], dict], Iterator[list[Answer]]] | None = None,
 ) -> Predictions:
     """Answer every prompt of `data_file`; append to `predictions_file` what it lacks.
 
     Args:
+        model: the one that answers; with `answer`, only its tokenizer and its limits are used.
         settings: those of `Model.generate_batch`, all of them.
         seed: line i is drawn with `seed + i`, and is what `generate` gives with that seed. None
             goes on with the seed of the file, or draws one.
         origin: what else the answers depend on, such as the model's name; kept with the settings.
         batch_size: prompts at once; None takes 64, or what memory holds.
+        answer: given batches and settings, yields their answers in the same order.
 
     Raises:
         OutputExists: the file holds something else, or answers of other prompts or settings.
@@ -103,29 +110,36 @@ def predict(
     prompts = read_prompts(data_file)
     told = settings | (origin or {})
     longest = _longest(model, prompts, settings["template"], data_file)
-    batch_size = batch_size or _fitting_batch(model, longest + settings["max_new_tokens"])
+    if batch_size is None:
+        tokens = longest + settings["max_new_tokens"]
+        batch_size = BATCH if answer else fitting_batch(model, tokens)
     path = Path(predictions_file)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path) as file, bar(len(prompts), path.name, unit=" prompts") as shown:
         seed, already = _resume(file, path, prompts, told, seed)
         check_seed(seed + len(prompts))
         shown.update(already)
-        start = already
-        while start < len(prompts):
-            # Batches begin at the same lines whether or not the file was begun before.
-            end = min(len(prompts), (start // batch_size + 1) * batch_size)
-            seeds = list(range(seed + start, seed + end))
-            answers = model.generate_batch(prompts[start:end], seeds=seeds, **settings)
+        # Batches begin at the same lines whether or not the file was begun before.
+        starts = [i for i in range(already, len(prompts)) if i == already or i % batch_size == 0]
+        batches = [
+            (prompts[start:end], list(range(seed + start, seed + end)))
+            for start, end in pairwise([*starts, len(prompts)])
+        ]
+        given = answer(batches, settings) if answer else _answers(model, batches, settings)
+        for start, answers in zip(starts, given, strict=True):
             lines = [
-                _line(start + i, prompts[start + i], answer, told)
-                for i, answer in enumerate(answers)
+                _line(start + i, prompts[start + i], one, told) for i, one in enumerate(answers)
             ]
             file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
-            shown.update(end - start)
-            start = end
+            shown.update(len(lines))
     return Predictions(path, len(prompts), already, seed)
+
+
+def _answers(model: Model, batches: list[Batch], settings: dict) -> Iterator[list[Answer]]:
+    for prompts, seeds in batches:
+        yield model.generate_batch(prompts, seeds=seeds, **settings)
 
 
 def _line(index: int, prompt: str, answer: Answer, told: dict) -> str:
@@ -198,7 +212,7 @@ def _longest(model: Model, prompts: list[str], template: str, data_file: str | P
     return longest
 
 
-def _fitting_batch(model: Model, tokens: int) -> int:
+def fitting_batch(model: Model, tokens: int) -> int:
     """Return how many rows of so many tokens have room for their caches in half the free memory."""
     tokens = min(tokens, model.context_length)
     width = model.network.dtype.itemsize
