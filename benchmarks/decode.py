@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -134,8 +135,8 @@ def batches() -> dict:
     questions = labmodel.sample(labworld.questions(labworld.load(), "zh"), 64)
     prompts = [question.text for question in questions]
     how = {"template": "alpaca", "temperature": 0, "max_new_tokens": 48}
-    seconds, texts = {}, {}
-    for rows in (64, 1, 64, 1):  # the first round warms up
+    seconds, texts = {64: [], 1: []}, {}
+    for rows in (64, 1) * 4:  # the first of each warms up
         began = time.perf_counter()
         texts[rows] = [
             answer.text
@@ -144,9 +145,9 @@ def batches() -> dict:
                 prompts[start : start + rows], seeds=[0] * rows, **how
             )
         ]
-        seconds[rows] = time.perf_counter() - began
+        seconds[rows].append(time.perf_counter() - began)
     same = sum(a == b for a, b in zip(texts[1], texts[64], strict=True))
-    return {"one by one": seconds[1], "at once": seconds[64], "same": same}
+    return {"one by one": seconds[1][1:], "at once": seconds[64][1:], "same": same}
 
 
 def copy_speed() -> float:
@@ -229,7 +230,7 @@ def report(
 ):
     import torch
 
-    facts = harness.facts(options.size, options.repeats)
+    facts = harness.facts(options.size)
     where = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA: the CPU"
     print(f"\nDecoding, {options.size}, on {where}\n{facts['machine']}; {facts['date']}")
     print(f"best of {options.repeats} rounds, in turns; a copy reaches {copied / 1e9:.1f} GB/s\n")
@@ -254,12 +255,12 @@ def report(
             parts = [f"{word} {ours[key] / plain[key]:.2f}" for key, word in shown.items()]
             parts.append(f"whole {plain['whole'] / ours['whole']:.2f}")
             print(f"llamalab over plain transformers, {dtype}: {', '.join(parts)}")
-    many = min(batched, key=lambda one: one["at once"])
-    one = min(batched, key=lambda one: one["one by one"])
+    single, many = (sum((one[how] for one in batched), []) for how in ("one by one", "at once"))
+    ratio = statistics.median(a / b for a, b in zip(single, many, strict=True))
     print(
-        f"\n64 questions to the lab model, fp32: {one['one by one']:.2f} s one by one, "
-        f"{many['at once']:.2f} s at once: {one['one by one'] / many['at once']:.1f} times as fast; "
-        f"{many['same']} of 64 answers are the same"
+        f"\n64 questions to the lab model, fp32, medians: {statistics.median(single):.2f} s one by "
+        f"one, {statistics.median(many):.2f} s at once: {ratio:.1f} times as fast; "
+        f"{min(one['same'] for one in batched)} of 64 answers are the same"
     )
     if options.json:
         held = facts | {"copy": copied, "batched": batched, "rows": rows, "device": where}

@@ -216,17 +216,19 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def facts(size: str, repeats: int) -> dict:
-    """Return what a reader of the figures must know."""
+def facts(size: str, repeats: int | None = None) -> dict:
+    """Return what a reader of the figures must know; of `compete`, where it took `repeats`."""
     memory = psutil.virtual_memory().total / 2**30
     versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "peft")]
-    return {
+    told = {
         "size": size,
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPU cores, {memory:.0f} GiB, {platform.machine()}, "
         + ", ".join(versions),
-        "state": f"inputs not in the page cache; medians of {repeats} rounds, in turns",
     }
+    if repeats:
+        told["state"] = f"inputs not in the page cache; medians of {repeats} rounds, in turns"
+    return told
 
 
 _SHA256 = "import sys; from llamalab.digest import hash_file; hash_file(sys.argv[1])"

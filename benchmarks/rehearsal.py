@@ -230,7 +230,7 @@ def remove(path: Path) -> None:
 
 
 def report(model: Model, steps: list[Step], options: argparse.Namespace) -> None:
-    facts = harness.facts(options.size, 1)
+    facts = harness.facts(options.size)
     print(
         f"\nLessons 00 to 04 on made-up weights ({options.size})\n{facts['machine']}; {facts['date']}\n"
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llamalab
-from llamalab import labmodel, labworld
+from llamalab import inference, labmodel, labworld
 from llamalab.errors import Incompatible, NotFound, UsageError
 from llamalab.inference import _Row, answer_all
 from llamalab.loading import load, pick_device
@@ -203,6 +203,33 @@ def test_a_sampled_answer_does_not_depend_on_its_batch(lab):
         assert single.answer_ids == answer.answer_ids and single.text == answer.text
         assert answer.seed == seed
     assert batch[0].answer_ids != batch[3].answer_ids  # equal prompts, other seeds
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.5}, {"stop": ["，", "s"]}])
+def test_finished_rows_are_left_behind_and_the_others_go_on_as_before(lab, monkeypatch, how):
+    model = load(lab / "chinese-alpaca-lab", device="cpu")
+    chosen = labmodel.sample(labworld.questions(labworld.load(), "zh"), 28)
+    prompts = [q.text for q in chosen] + ["What is a dog?", "苹果" * 90, "写一篇文章", "a"]
+    settings = {"template": "alpaca", "top_p": 1, "max_new_tokens": 60, "temperature": 0} | how
+    passes = []
+
+    def batch():
+        passes.clear()
+        hook = model.network.register_forward_pre_hook(
+            lambda _, args, kwargs: passes.append(len(kwargs.get("input_ids", [0] * 32))),
+            with_kwargs=True,
+        )
+        answers = model.generate_batch(prompts, seeds=range(32), **settings)
+        hook.remove()
+        return answers
+
+    found = batch()
+    assert len(set(passes)) >= 3 and min(passes) < inference.FEWEST_HALVED
+    for prompt, seed, answer in zip(prompts, range(32), found, strict=True):
+        single = model.generate(prompt, seed=seed, **settings)
+        assert (answer.answer_ids, answer.text) == (single.answer_ids, single.text)
+    monkeypatch.setattr(inference, "FEWEST_HALVED", 1000)
+    assert [a.answer_ids for a in batch()] == [a.answer_ids for a in found]
 
 
 def test_draws_follow_the_distribution_of_plain_sampling(model):

@@ -36,6 +36,9 @@ SAMPLING = {
 ONE_THREAD_BELOW = 10_000_000
 """Parameters of a model that is answered by one thread on a CPU."""
 
+FEWEST_HALVED = 8
+"""Rows of a batch that goes on without its finished rows as soon as they are half of it."""
+
 COMPILED_FROM = 1_000_000_000
 """Parameters of a model whose decoding step is compiled on CUDA; below, it would not pay."""
 
@@ -239,7 +242,7 @@ class Model:
     def _answers(self, rows: list[_Row], settings: dict, alternatives=0, stop_when=None):
         began = time.perf_counter()
         with fitting_threads(self.network), torch.inference_mode():
-            self._decode(rows, settings, stop_when)
+            self._decode([row for row in rows if not row.over], settings, stop_when)
             seconds = time.perf_counter() - began
             answers = []
             for row in rows:
@@ -261,10 +264,9 @@ class Model:
 
     def _decode(self, rows: list[_Row], settings: dict, stop_when=None) -> None:
         """Let transformers continue every row; set the rows' `answer_ids`."""
-        starts = [[*row.prompt_ids, *row.answer_ids] for row in rows]
-        length = max(row.length - len(row.answer_ids) for row in rows)
-        if length < 1:
+        if not rows:
             return
+        starts = [[*row.prompt_ids, *row.answer_ids] for row in rows]
         # What all prompts begin with, a template's header perhaps, is read once for all of them.
         shared = min(len(os.path.commonprefix(starts)), min(map(len, starts)) - 1)
         shared = shared if len(rows) > 1 and not self.decoding else 0
@@ -276,31 +278,55 @@ class Model:
             for place in (slice(shared), slice(longest - len(start) + shared, None)):
                 mask[i, place] = 1
             ids[i, mask[i] == 1] = torch.tensor(start)
-        eos = self.tokenizer.eos
+        ids, mask, cache = ids.to(self.device), mask.to(self.device), None
+        if shared:
+            cache = self.network(ids[:1, :shared]).past_key_values
+            cache.batch_repeat_interleave(len(rows))
+        while True:
+            ids, cache = self._continue(rows, ids, mask, cache, settings, stop_when)
+            left = [i for i, row in enumerate(rows) if not row.over]
+            if not left:
+                return
+            rows = [rows[i] for i in left]
+            cache.batch_select_indices(torch.tensor(left, device=self.device))
+            new = mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])
+            ids, mask = ids[left], torch.cat([mask, new], dim=1)[left]
+
+    def _continue(self, rows: list[_Row], ids, mask, cache, settings: dict, stop_when):
+        """Let transformers continue the rows until all have ended, or half of many have.
+
+        Args:
+            ids, mask: what was read or answered so far, `[rows, tokens]`, padded on the left.
+            cache: of the tokens that were read already, or None.
+
+        Returns:
+            The ids, longer by the new ones, and the cache for them.
+        """
+        start, eos = ids.shape[1], self.tokenizer.eos
         # Rows without a piece must not come up; there are some where embeddings were padded.
         beyond = list(range(len(self.tokenizer), self.network.config.vocab_size))
-        more = {}
-        if shared:
-            more["past_key_values"] = self.network(ids[:1, :shared].to(self.device)).past_key_values
-            more["past_key_values"].batch_repeat_interleave(len(rows))
+        more = {} if cache is None else {"past_key_values": cache}
         if settings["temperature"] > 0:
             more["repetition_penalty"] = float(settings["repetition_penalty"])
-            more["logits_processor"] = [_Draw(rows, settings, longest)]
-        if stop_when or any(row.is_followed for row in rows):
-            more["stopping_criteria"] = [_Ends(rows, longest, stop_when)]
+            more["logits_processor"] = [_Draw(rows, settings, start)]
+        halved = len(rows) >= FEWEST_HALVED and not self.decoding  # else it is compiled for so many
+        if halved or stop_when or any(row.is_followed for row in rows):
+            more["stopping_criteria"] = [_Ends(rows, start, eos, halved, stop_when)]
         output = self.network.generate(
-            ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            max_new_tokens=length,
+            ids,
+            attention_mask=mask,
+            max_new_tokens=max(row.length - len(row.answer_ids) for row in rows),
             do_sample=False,
             pad_token_id=eos,
             eos_token_id=eos,
             suppress_tokens=beyond or None,
+            return_dict_in_generate=True,
             **self.decoding,
             **more,
         )
-        for row, new in zip(rows, output[:, longest:].tolist(), strict=True):
+        for row, new in zip(rows, output.sequences[:, start:].tolist(), strict=True):
             row.take(new, eos)
+        return output.sequences, output.past_key_values
 
     def _steps(self, row: _Row, alternatives: int) -> list[Step]:
         """Read prompt and answer once more, for the probabilities at every place."""
@@ -393,6 +419,8 @@ class _Row:
         """Tokens of the answer, at most."""
         self._stop, self._on_text = [s for s in settings["stop"] if s], on_text
         self.text, self._given = "", 0
+        self.over = len(self.answer_ids) >= self.length
+        """Nothing more is to be added."""
 
     @property
     def is_followed(self) -> bool:
@@ -400,13 +428,16 @@ class _Row:
 
     def take(self, new: list[int], eos: int) -> None:
         """Add the ids of a finished answer, up to EOS, and no more than fit."""
+        self.over |= eos in new
         new = new[: new.index(eos)] if eos in new else new
         self.answer_ids = [*self.answer_ids, *new][: self.length]
+        self.over |= len(self.answer_ids) >= self.length
 
     def ends(self, ids: list[int]) -> bool:
         """Follow the answer, whose ids are now `ids`; return whether a stop text has come."""
         self.text = self._tokenizer.continuation(self.prompt_ids, ids)
         ends = [at for at in map(self.text.find, self._stop) if at >= 0]
+        self.over |= bool(ends)
         if ends:
             self.text = self.text[: min(ends)]
         else:
@@ -433,21 +464,31 @@ class _Row:
 
 
 class _Ends:
-    """Says after each token which rows are over; transformers calls it, as a stopping criterion."""
+    """Says after each token which rows are over; transformers calls it, as a stopping criterion.
 
-    def __init__(self, rows: list[_Row], start: int, stop_when):
-        self._rows, self._start, self._stop_when = rows, start, stop_when
+    With `halved`, all of them stop as soon as half are over.
+    """
+
+    def __init__(self, rows: list[_Row], start: int, eos: int, halved: bool, stop_when):
+        self._rows, self._start, self._eos = rows, start, eos
+        self._halved, self._stop_when = halved, stop_when
         self._begun = [list(row.answer_ids) for row in rows]
+        self._over = [False] * len(rows)
 
     def __call__(self, input_ids: torch.Tensor, scores=None, **_) -> torch.Tensor:
+        new = input_ids[:, self._start :]
+        count, last = new.shape[1], new[:, -1].tolist()
+        for i, (row, begun) in enumerate(zip(self._rows, self._begun, strict=True)):
+            self._over[i] |= last[i] == self._eos or len(begun) + count >= row.length
+            if row.is_followed:
+                self._over[i] |= row.ends([*begun, *new[i].tolist()])
+        over = self._over
         if self._stop_when and self._stop_when():
-            over = [True] * len(self._rows)
-        else:
-            new = input_ids[:, self._start :].tolist()
-            over = [
-                row.is_followed and row.ends([*begun, *ids])
-                for row, begun, ids in zip(self._rows, self._begun, new, strict=True)
-            ]
+            over = [True] * len(over)
+            for row in self._rows:
+                row.over = True
+        elif self._halved and 2 * sum(over) >= len(over):
+            over = [True] * len(over)
         return torch.tensor(over, device=input_ids.device)
 
 
