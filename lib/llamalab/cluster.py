@@ -197,7 +197,7 @@ def _connect(on: str):
     except (ConnectionError, RuntimeError, ImportError) as error:
         raise NotFound(
             f"There is no Ray cluster at '{on}'.",
-            str(error).strip().splitlines()[0],
+            str(error).strip().splitlines()[-1],
             "On its first machine: ray start --head --ray-client-server-port 10001",
         ) from None
     return ray
