@@ -74,6 +74,7 @@ def test_a_hidden_error_would_be_found(view):
     with pytest.raises(AssertionError):
         view.error.value = "Traceback (most recent call last)"
         nothing_hidden()
+    view.error.value = ""  # widgets outlive their test
 
 
 @pytest.mark.parametrize(
