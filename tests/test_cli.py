@@ -111,6 +111,8 @@ def test_check_and_models_as_json():
             1,
             "llamalab download",
         ),
+        (("generate", "--base-model", "x", "--data-file", "y"), 2, "belong together"),
+        (("generate", "--base-model", "x", "--prompt", "y", "--on", "ray"), 2, "--data-file"),
         (("check", "--model", "gpt-5"), 1, "no model called"),
         (("run", "04", "-p", "modle=x"), 2, "Did you mean model"),
         (("run", "04", "-p", "seed=many"), 2, "wants int"),
