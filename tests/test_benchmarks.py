@@ -67,8 +67,25 @@ def test_decoding_is_measured_beside_a_copy(tmp_path):
     held = json.loads((tmp_path / "figures.json").read_text())
     assert list(held["rows"]) == ["plain transformers, fp32", "llamalab, fp32"]
     for name, rounds in held["rows"].items():
-        assert f"| {name} | {rounds[0]['rate']:.2f} |" in done.stdout
+        read, rate = rounds[0]["read"], rounds[0]["rate"]
+        assert f"| {name} | {read:.0f} | {rate:.2f} |" in done.stdout
     assert [one["same"] for one in held["batched"]] == [64]
+
+
+def test_the_kept_figures_of_decoding_and_of_the_rehearsal_are_those_told():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    decoding = json.loads((HERE / "results" / "decode-1b.json").read_text())
+    for name, rounds in decoding["rows"].items():
+        rate, whole = max(one["rate"] for one in rounds), min(one["whole"] for one in rounds)
+        line = next(line for line in text.splitlines() if line.startswith(f"| {name}"))
+        assert f"| {rate:.2f} |" in line and line.endswith(f"| {whole:.2f} |"), name
+    rehearsal = json.loads((HERE / "results" / "rehearsal-7b.json").read_text())
+    for step in rehearsal["steps"]:
+        line = next(line for line in text.splitlines() if line.startswith(f"| {step['lesson']} "))
+        assert f"| {step['seconds']:.0f} |" in line and f"| {step['memory'] / 1e9:.1f} GB |" in line
+        for told, found in ("disk_foretold", "disk"), ("memory_foretold", "memory"):
+            if step[told] and not step["streaming"]:
+                assert abs(step[found] / step[told] - 1) < 0.15, step["lesson"]
 
 
 @pytest.mark.heavy
