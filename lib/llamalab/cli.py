@@ -17,7 +17,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import __version__, catalog
+import llamalab
+
+from . import catalog
 from .errors import LabError, LabWarning, UsageError
 
 _COLOURS = {"OK": 32, "INFO": 36, "UNKNOWN": 33}
@@ -30,20 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     warnings.showwarning = _show_warning
     try:
-        try:
-            options = build_parser().parse_args(_field_spelling(arguments))
-            return options.command(options)
-        except BrokenPipeError:
-            raise
-        except OSError as error:  # a full disk, a directory that may not be written
-            what = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
-            raise LabError(f"The system refused: {what}.") from None
-    except LabError as error:
-        if as_json:
-            print(json.dumps(error.as_dict(), ensure_ascii=False))
-        else:
-            print(f"{_paint('error', 31, sys.stderr)}: {error}", file=sys.stderr)
-        return error.exit_code
+        options = build_parser().parse_args(_field_spelling(arguments))
+        return options.command(options)
     except KeyboardInterrupt:
         print(
             "\nInterrupted. What is finished is kept; the same command goes on from there.",
@@ -53,6 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as refusal:  # a full disk, a directory that may not be written
+        what = f"{refusal.strerror or refusal}: {refusal.filename or ''}".rstrip(": ")
+        error = LabError(f"The system refused: {what}.")
+    except LabError as found:
+        error = found
+    if as_json:
+        print(json.dumps(error.as_dict(), ensure_ascii=False))
+    else:
+        print(f"{_paint('error', 31, sys.stderr)}: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 _plain_warning = warnings.showwarning
@@ -74,9 +74,6 @@ def _field_spelling(arguments: list[str]) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, *arguments, **settings):
-        super().__init__(*arguments, allow_abbrev=False, **settings)
-
     def error(self, message: str):
         raise UsageError(f"{self.prog}: {message}.", "", f"See '{self.prog} --help'.")
 
@@ -87,13 +84,14 @@ def build_parser() -> argparse.ArgumentParser:
         prog="llamalab",
         description="From Meta's LLaMA files to a Chinese-speaking model, one checked step a time.",
         epilog="Options may be written with underscores too, as in --base_model.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"llamalab {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    parser.add_argument("--version", action="version", version=f"llamalab {llamalab.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, function: Callable, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(command=function)
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(command=function, verb=name)
         return added
 
     def places(added) -> None:
@@ -102,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     def as_json(added) -> None:
         added.add_argument("--json", action="store_true", help="print one JSON object")
 
-    added = command("check", _check, "Check this machine, and what a model will need of it.")
+    added = command("check", _report, "Check this machine, and what a model will need of it.")
     added.add_argument("--model", metavar="NAME", help="a model of the catalogue")
     places(added)
     as_json(added)
@@ -130,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     added = command(
-        "verify", _verify, "Compare every file of a directory with what is known of it."
+        "verify", _report, "Compare every file of a directory with what is known of it."
     )
     added.add_argument("path", metavar="PATH", help="a directory, or a part's name")
     added.add_argument("--as", dest="as_name", metavar="NAME", help="the part it should be")
@@ -156,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("--input-dir", required=True, metavar="DIR", help="Meta's files")
     making(added)
 
-    added = command("merge", _merge, "Merge adapters into a base model, in Meta or HF layout.")
+    added = command("merge", _make, "Merge adapters into a base model, in Meta or HF layout.")
     added.add_argument("--base-model", required=True, metavar="M")
     added.add_argument("--lora-model", required=True, metavar="A[,B]", help="in merging order")
     added.add_argument("--output-type", default="huggingface", choices=["huggingface", "pth"])
@@ -206,7 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("--show-settings", action="store_true", help="tell every one in effect")
     places(added)
 
-    added = command("diagnose", _diagnose, "Find what makes the answers of a model meaningless.")
+    added = command("diagnose", _report, "Find what makes the answers of a model meaningless.")
     added.add_argument("--base-model", required=True, metavar="M")
     added.add_argument("--lora-model", metavar="A[,B]", help="adapters, in order")
     asked = added.add_mutually_exclusive_group()
@@ -225,7 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     places(added)
     as_json(added)
 
-    added = command("export", _export, "Write a model as one file for llama.cpp.")
+    added = command("export", _make, "Write a model as one file for llama.cpp.")
     added.add_argument("--model", required=True, metavar="M", help="in Meta or HF layout")
     added.add_argument("--lora-model", metavar="A[,B]", help="adapters that are not merged yet")
     added.add_argument("--model-size", metavar="7B", help="the size folder, if there are several")
@@ -283,9 +281,17 @@ def _paint(text: str, colour: int, stream) -> str:
     return text if plain else f"\x1b[{colour}m{text}\x1b[0m"
 
 
-def _print_report(report, as_json: bool) -> int:
+def _call(options):
+    """Call the package's function of the command's name; the options are its arguments."""
+    given = vars(options).items()
+    arguments = {name: value for name, value in given if name not in ("command", "verb", "json")}
+    return getattr(llamalab, options.verb)(**arguments)
+
+
+def _report(options) -> int:
     """Print a report of rows with a status each; exit code 1 when it found something."""
-    if as_json:
+    report = _call(options)
+    if options.json:
         print(json.dumps(report.as_dict(), ensure_ascii=False))
     else:
         words = "|".join(_COLOURS)
@@ -298,10 +304,9 @@ def _print_report(report, as_json: bool) -> int:
     return 0 if report.ok else 1
 
 
-def _check(options) -> int:
-    from .environment import check
-
-    return _print_report(check(options.model, options.models_dir), options.json)
+def _make(options) -> int:
+    print(_call(options))
+    return 0
 
 
 def _models(options) -> int:
@@ -330,55 +335,20 @@ def _models(options) -> int:
 
 
 def _download(options) -> int:
-    from .course import download
-
-    made = download(options.name, options.models_dir, options.source, options.connections)
-    for directory in made:
+    for directory in _call(options):
         print(directory)
     return 0
 
 
-def _verify(options) -> int:
-    from .verification import verify
-
-    report = verify(options.path, options.as_name, options.models_dir, options.against, options.fix)
-    return _print_report(report, options.json)
-
-
 def _convert(options) -> int:
-    from .conversion import convert
     from .places import locate
 
     # A part's name is looked up as for a model; anything like a path is only a path.
-    is_path = "/" in options.input_dir or Path(options.input_dir).is_dir()
-    made = convert(
-        options.input_dir if is_path else locate(options.input_dir, options.models_dir),
-        options.output_dir,
-        model_size=options.model_size,
-        max_shard_size=options.max_shard_size,
-        context_length=options.context_length,
-        overwrite=options.overwrite,
-    )
-    print(made)
-    return 0
-
-
-def _merge(options) -> int:
-    from .merging import merge
-
-    made = merge(
-        options.base_model,
-        options.lora_model,
-        options.output_dir,
-        model_size=options.model_size,
-        output_type=options.output_type,
-        max_shard_size=options.max_shard_size,
-        context_length=options.context_length,
-        overwrite=options.overwrite,
-        models_dir=options.models_dir,
-    )
-    print(made)
-    return 0
+    given = options.input_dir
+    if "/" not in given and not Path(given).is_dir():
+        options.input_dir = locate(given, options.models_dir)
+    del options.models_dir
+    return _make(options)
 
 
 def _generate(options) -> int:
@@ -415,7 +385,10 @@ def _generate(options) -> int:
         told = settings | {"seed": options.seed, "device": str(model.device), "dtype": dtype}
         print(json.dumps(told, ensure_ascii=False), file=sys.stderr)
     if options.interactive:
-        return _talk(model, settings, options)
+        from .chat import Chat, talk
+
+        talk(Chat(model, settings | {"seed": options.seed}))
+        return 0
     if options.data_file:
         return _predict(model, settings, options)
     on_terminal = sys.stdout.isatty()
@@ -428,13 +401,6 @@ def _generate(options) -> int:
     print("" if on_terminal else answer.text.strip())
     if options.seed is None and options.temperature > 0:
         print(f"seed {answer.seed}", file=sys.stderr)
-    return 0
-
-
-def _talk(model, settings: dict, options) -> int:
-    from .chat import Chat, talk
-
-    talk(Chat(model, settings | {"seed": options.seed}))
     return 0
 
 
@@ -454,39 +420,6 @@ def _predict(model, settings: dict, options, answer=None) -> int:
         answer=answer,
     )
     print(done, file=sys.stderr)
-    return 0
-
-
-def _diagnose(options) -> int:
-    from .diagnosis import diagnose
-
-    diagnosis = diagnose(
-        options.base_model,
-        options.lora_model,
-        with_prompt=options.with_prompt,
-        prompt=options.prompt,
-        quick=options.quick,
-        device=options.device,
-        models_dir=options.models_dir,
-    )
-    return _print_report(diagnosis, options.json)
-
-
-def _export(options) -> int:
-    from .exporting import export
-
-    made = export(
-        options.model,
-        options.output,
-        options.lora_model,
-        to=options.to,
-        type=options.type,
-        model_size=options.model_size,
-        context_length=options.context_length,
-        overwrite=options.overwrite,
-        models_dir=options.models_dir,
-    )
-    print(made)
     return 0
 
 
@@ -576,8 +509,7 @@ def _sweep(options, parameters: dict) -> list:
 
     def print_point(number: int, result) -> None:
         values = " ".join(f"{name}={swept.points[number][name]}" for name in swept.swept)
-        colour = _COLOURS["OK" if result.status == "ok" else "FAIL"]
-        status = _paint(f"{result.status:7}", colour, sys.stderr)
+        status = _status(result, sys.stderr)
         text = f"{status} {number:4}  {values}  {result.seconds:.1f} s  {result.error}"
         say(text.rstrip())
 
@@ -607,10 +539,13 @@ def _swept(item: str) -> tuple[str, list]:
     return name, values
 
 
-def _print_run(result) -> None:
+def _status(result, stream) -> str:
     colour = _COLOURS["OK" if result.status == "ok" else "FAIL"]
-    status = _paint(f"{result.status:7}", colour, sys.stdout)
-    print(f"{status} {result.notebook:32} {result.seconds:6.1f} s", flush=True)
+    return _paint(f"{result.status:7}", colour, stream)
+
+
+def _print_run(result) -> None:
+    print(f"{_status(result, sys.stdout)} {result.notebook:32} {result.seconds:6.1f} s", flush=True)
     if result.error:
         print(f"        {result.error}", file=sys.stderr)
 
