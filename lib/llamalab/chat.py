@@ -91,7 +91,8 @@ class Chat:
         if not name:
             return "\n".join(f"{key} {value}" for key, value in self.settings.items())
         if name not in self.settings:
-            raise UsageError(f"There is no setting '{name}'.", f"There are: {_names(self)}.")
+            names = ", ".join(self.settings)
+            raise UsageError(f"There is no setting '{name}'.", f"There are: {names}.")
         value: object = text
         if name != "template":
             try:
@@ -135,10 +136,6 @@ class Chat:
         return f"{len(held)} answers in {file}"
 
 
-def _names(chat: Chat) -> str:
-    return ", ".join(chat.settings)
-
-
 def talk(chat: Chat) -> None:
     """Read prompts from standard input until it ends; answers go to standard output.
 
@@ -148,9 +145,10 @@ def talk(chat: Chat) -> None:
         import readline  # noqa: F401
     kind = "several turns" if chat.has_turns else "each prompt stands alone"
     _tell(f"{chat.settings['template']} template, {kind}. /help lists what else there is.")
+    prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while True:
         try:
-            line = _read_line()
+            line = input(prompt)
             if not line.strip():
                 continue
             if line.startswith("/"):
@@ -169,15 +167,6 @@ def talk(chat: Chat) -> None:
             _tell("\n(/quit or Ctrl-D leaves)")
         except LabError as error:
             _tell(f"error: {error}")
-
-
-def _read_line() -> str:
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        return input("> ")
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.rstrip("\n")
 
 
 def _say(text: str) -> None:
