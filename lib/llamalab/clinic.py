@@ -50,9 +50,12 @@ class Family:
 
 @dataclass(frozen=True)
 class Case:
-    """One broken model: what makes it, what a reader notices, what `diagnose` must find first."""
+    """One broken model: what makes it, what a reader notices, what `diagnose` must find first.
 
-    make: Callable[[Path, Family], Arguments]
+    `make(out, family)` returns None where `out / "model"` is all that is to be looked at.
+    """
+
+    make: Callable[[Path, Family], Arguments | None]
     symptom: str
     finding: str
 
@@ -64,59 +67,46 @@ def _copy(source: Path, out: Path) -> Path:
     return out
 
 
-def _edit_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes, indent=2))
-
-
-def _edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(path)
+def _edited(source: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Copy a model or an adapter, and let `change` alter its tensors."""
+    weights = next(_copy(source, out).glob("*.safetensors"))
+    tensors = load_file(weights)
     change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
 
 
-def _edited(source: Path, out: Path, change) -> Arguments:
-    """Return the arguments for a copy of a model whose tensors `change` has altered."""
-    _edit_weights(_copy(source, out / "model") / "model.safetensors", change)
-    return {"base_model": out / "model"}
-
-
-def _with_file(file: Path, family: Family, out: Path) -> Arguments:
-    """Return the arguments for a copy of the llama model into which a file was brought over."""
+def _with_file(file: Path, family: Family, out: Path) -> None:
+    """Copy the llama model, and bring a file over into it."""
     shutil.copy(file, _copy(family.llama.merged, out / "model"))
-    return {"base_model": out / "model"}
 
 
-def _without_file(name: str, source: Path, out: Path) -> Arguments:
+def _without_file(name: str, source: Path, out: Path) -> None:
     (_copy(source, out / "model") / name).unlink()
-    return {"base_model": out / "model"}
 
 
 def _edited_adapter(family: Family, out: Path, change) -> Arguments:
-    adapter = _copy(family.alpaca.adapters[0], out / "adapter")
-    _edit_weights(adapter / "adapter_model.safetensors", change)
-    return {"base_model": family.alpaca.base, "lora_model": adapter}
+    _edited(family.alpaca.adapters[0], out / "adapter", change)
+    return {"base_model": family.alpaca.base, "lora_model": out / "adapter"}
 
 
 # --- The cases that take more than a line -------------------------------------------------
 
 
-def _stray_tokenizer(out: Path, family: Family) -> Arguments:
+def _stray_tokenizer(out: Path, family: Family) -> None:
     """A vocabulary that somebody went on extending after the weights were made."""
     model = _copy(family.llama.merged, out / "model")
     pieces = read_model(model / "tokenizer.model")
     for number in range(7):
         pieces.pieces.add(piece=f"新词{number}", score=0.0)
     (model / "tokenizer.model").write_bytes(pieces.SerializeToString())
-    return {"base_model": model}
 
 
-def _no_bos(out: Path, family: Family) -> Arguments:
+def _no_bos(out: Path, family: Family) -> None:
     model = _copy(family.alpaca.merged, out / "model")
     (model / "tokenizer.json").unlink()
     config = json.loads((model / "tokenizer_config.json").read_text("utf-8"))
     del config["add_bos_token"]
     (model / "tokenizer_config.json").write_text(json.dumps(config))
-    return {"base_model": model}
 
 
 def _without_embeddings(tensors: dict[str, torch.Tensor]) -> None:
@@ -129,7 +119,7 @@ def _wider_base(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name] = torch.cat([tensors[name], tensors[name]], dim=1)
 
 
-def _untrained_rows(out: Path, family: Family) -> Arguments:
+def _untrained_rows(out: Path, family: Family) -> None:
     """Merge the low-rank pairs alone, into a base whose vocabulary was only resized."""
     adapter, base = Adapter(family.llama.adapters[0]), family.llama.model.base.vocab
 
@@ -142,28 +132,25 @@ def _untrained_rows(out: Path, family: Family) -> Arguments:
             fresh = torch.randn(rows[base:].shape, generator=generator) * 0.02
             rows[base:] = fresh.to(rows.dtype)
 
-    return _edited(family.llama.merged, out, change)
+    _edited(family.llama.merged, out / "model", change)
 
 
-def _merged_to_pth(file: Path, family: Family, out: Path) -> Arguments:
+def _merged_to_pth(file: Path, family: Family, out: Path) -> None:
     """Take the output type that is the default of the field's script, and bring a file over."""
     merge(family.llama.base, family.llama.adapters, out / "model", output_type="pth")
     (out / "model" / "llamalab.json").unlink()
     shutil.copy(file, out / "model")
-    return {"base_model": out / "model"}
 
 
-def _renamed_weights(out: Path, family: Family) -> Arguments:
+def _renamed_weights(out: Path, family: Family) -> None:
     shutil.copytree(family.llama.base, out / "model")
     weights = load_file(family.llama.converted / "model.safetensors")
     torch.save(weights, next((out / "model").rglob("consolidated.00.pth")))
-    return {"base_model": out / "model"}
 
 
-def _cut_off(out: Path, family: Family) -> Arguments:
+def _cut_off(out: Path, family: Family) -> None:
     weights = _copy(family.alpaca.merged, out / "model") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
-    return {"base_model": weights.parent}
 
 
 def _html_page(out: Path, family: Family) -> Arguments:
@@ -174,7 +161,8 @@ def _html_page(out: Path, family: Family) -> Arguments:
 
 def _dora(out: Path, family: Family) -> Arguments:
     adapter = _copy(family.alpaca.adapters[0], out / "adapter")
-    _edit_json(adapter / "adapter_config.json", use_dora=True)
+    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     return {"base_model": family.alpaca.base, "lora_model": adapter}
 
 
@@ -302,32 +290,32 @@ CASES = {
         "no-tokenizer",
     ),
     "never-permuted": Case(
-        lambda out, f: _edited(f.alpaca.merged, out, _reorder(unpermute)),
+        lambda out, f: _edited(f.alpaca.merged, out / "model", _reorder(unpermute)),
         "Fluent for some words, then nonsense.",
         "q-k-order",
     ),
     "permuted-twice": Case(
-        lambda out, f: _edited(f.llama.converted, out, _reorder(permute)),
+        lambda out, f: _edited(f.llama.converted, out / "model", _reorder(permute)),
         "Fluent for some words, then nonsense.",
         "q-k-order",
     ),
     "eight-bit": Case(
-        lambda out, f: _edited(f.alpaca.merged, out, _quantise),
+        lambda out, f: _edited(f.alpaca.merged, out / "model", _quantise),
         "The file is smaller than it should be.",
         "unexpected-dtype",
     ),
     "two-dtypes": Case(
-        lambda out, f: _edited(f.alpaca.merged, out, _mix_dtypes),
+        lambda out, f: _edited(f.alpaca.merged, out / "model", _mix_dtypes),
         "A matrix product complains about dtypes.",
         "unexpected-dtype",
     ),
     "silent": Case(
-        lambda out, f: _edited(f.alpaca.merged, out, _zero),
+        lambda out, f: _edited(f.alpaca.merged, out / "model", _zero),
         "The answers are poor.",
         "unsound-values",
     ),
     "not-a-number": Case(
-        lambda out, f: _edited(f.alpaca.merged, out, _not_a_number),
+        lambda out, f: _edited(f.alpaca.merged, out / "model", _not_a_number),
         "The same token for ever.",
         "unsound-values",
     ),
@@ -351,7 +339,7 @@ def break_model(case: str, models_dir: str | Path = "") -> Arguments:
     out = models_directory(models_dir) / "broken" / case
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    arguments = CASES[case].make(out, Family(models_dir))
+    arguments = CASES[case].make(out, Family(models_dir)) or {"base_model": out / "model"}
     if not any(out.iterdir()):
         out.rmdir()  # the mistake is in the command, not in a file
     return arguments
