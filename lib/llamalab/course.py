@@ -85,46 +85,36 @@ def need(model: str, *what: str, models_dir: str | os.PathLike = "") -> Places:
         converted=root / f"{entry.base.name}-hf",
         merged=root / entry.name if entry.adapters else root / f"{entry.base.name}-hf",
     )
-    makers = {
-        "base": (places.base, "01", f"llamalab download {entry.base.name} --source WHERE"),
-        "converted": (
-            places.converted,
-            "02",
-            f"llamalab convert --input-dir {places.base} --output-dir {places.converted}",
-        ),
-        "merged": (
-            places.merged,
-            "03",
-            f"llamalab merge --base-model {places.base} --lora-model "
-            f"{','.join(map(str, places.adapters))} --output-dir {places.merged}",
-        ),
-    }
     large = estimate.needs(entry).disk > AFFORDABLE
-    wanted = {"base": [], "adapters": [], "converted": ["base"], "merged": ["base", "adapters"]}
-    for item in dict.fromkeys(w for name in what for w in [*wanted[name], name]):
-        if item == "adapters":
+    made_of = {"base": [], "adapters": [], "converted": ["base"], "merged": ["base", "adapters"]}
+    for item in dict.fromkeys(w for name in what for w in [*made_of[name], name]):
+        if item == "base":
+            command = f"llamalab download {entry.base.name} --source WHERE"
+            _bring(entry.base, places.base, large, command)
+        elif item == "adapters":
             for part, directory in zip(entry.adapters, places.adapters, strict=True):
                 _bring(part, directory, large, f"llamalab download {part.name}")
-            continue
-        directory, lesson, command = makers[item]
-        if item == "base":
-            _bring(entry.base, directory, large, command)
-        elif large:
-            if not (directory / RECORD).is_file():
-                raise _too_large(directory, lesson, command)
         elif item == "converted" or not entry.adapters:
-            _make(convert, places.base, directory)
+            command = f"llamalab convert --input-dir {places.base} --output-dir {places.converted}"
+            _make(convert, (places.base, places.converted), large, "02", command)
         else:
-            _make(merge, places.base, places.adapters, directory)
+            lora_model = ",".join(map(str, places.adapters))
+            command = f"llamalab merge --base-model {places.base} --lora-model {lora_model}"
+            command += f" --output-dir {places.merged}"
+            _make(merge, (places.base, places.adapters, places.merged), large, "03", command)
     return places
 
 
-def _make(verb, *arguments) -> None:
+def _make(verb, arguments: tuple, large: bool, lesson: str, command: str) -> None:
     """Convert or merge; what we made before is made anew if an input has changed since.
 
     Of several notebooks that run at once, one makes it and the others wait.
     """
     made = arguments[-1]
+    if large:
+        if not (made / RECORD).is_file():
+            raise _too_large(made, lesson, command)
+        return
     with locked(made.parent):
         try:
             verb(*arguments)
@@ -172,7 +162,7 @@ def check(claim: str, ok: bool, detail: str = "") -> None:
     print(f"[OK]   {text}")
 
 
-def expect(model: catalog.Model | str, name: str, value: float) -> None:
+def expect(model: catalog.Model, name: str, value: float) -> None:
     """Check a measured value against what the catalogue claims for this model, if it does.
 
     Args:
@@ -182,14 +172,13 @@ def expect(model: catalog.Model | str, name: str, value: float) -> None:
     Raises:
         CheckFailed: the catalogue claims more than was measured.
     """
-    entry = catalog.model(model) if isinstance(model, str) else model
-    if name not in entry.expects:
+    if name not in model.expects:
         print(f"[INFO] {name} is {value:.3g}; not claimed for this model")
         return
-    bound, upper = entry.expects[name], name.endswith("_at_most")
+    bound, upper = model.expects[name], name.endswith("_at_most")
     ok = value <= bound if upper else value >= bound
     relation = "at most" if upper else "at least"
-    check(f"{name.removesuffix('_at_most')} is {value:.3g}, {relation} {bound:g}", ok, entry.name)
+    check(f"{name.removesuffix('_at_most')} is {value:.3g}, {relation} {bound:g}", ok, model.name)
 
 
 def record(**results) -> None:
