@@ -59,9 +59,6 @@ class Run:
     def report(self) -> Path:
         return self.directory / f"{Path(self.notebook).stem}.html"
 
-    def as_dict(self) -> dict:
-        return asdict(self) | {"directory": str(self.directory)}
-
 
 def read_run(directory: Path) -> Run | None:
     """Return the run that a directory holds, or None where there is no whole one."""
@@ -137,21 +134,18 @@ def _papermill(watch: Watch, parameters: dict, folder: Path, journal: Path, time
                 watch.exit_code = process.wait()
                 raise
 
-        def execute_cell(self, cell, index, **options):
+        async def async_execute_cell(self, cell, index, **options):
             if cell.cell_type != "code" or not cell.source.strip():
                 return cell
             watch.begin(index)
-            try:
-                return run_sync(self._execute_cell)(cell, index, **options)
-            finally:
-                watch.end()
-
-        async def _execute_cell(self, cell, index, **options):
             nudge = asyncio.ensure_future(self._nudge())
             try:
-                return await self.async_execute_cell(cell, index, **options)
+                return await super().async_execute_cell(cell, index, **options)
             finally:
                 nudge.cancel()
+                watch.end()
+
+        execute_cell = run_sync(async_execute_cell)  # what papermill calls, bound as in nbclient
 
         async def _nudge(self):
             """Ask the kernel something now and then, so that a reply that came is noticed.
@@ -237,10 +231,8 @@ def _judge(run: Run, watch: Watch, told: list[dict]) -> None:
         elif errors:
             run.error = f"{errors[0].ename}: {errors[0].evalue}"
     elif run.status == "ok" and not told:
-        run.status, run.error = (
-            "failed",
-            "The kernel ran unwatched: llamalab is not installed there.",
-        )
+        run.status = "failed"
+        run.error = "The kernel ran unwatched: llamalab is not installed there."
     for i in code:
         _tell_papermill(cells[i], status[i])
         run.cells.append(
@@ -310,7 +302,8 @@ def write_run(run: Run, notebook: NotebookNode, source_digest: str) -> None:
 
 def as_json(run: Run) -> str:
     """Return the text of a manifest."""
-    return json.dumps(run.as_dict(), indent=2, ensure_ascii=False) + "\n"
+    held = asdict(run) | {"directory": str(run.directory)}
+    return json.dumps(held, indent=2, ensure_ascii=False) + "\n"
 
 
 def digest(file: Path) -> str:
