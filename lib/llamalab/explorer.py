@@ -469,8 +469,7 @@ class ExplorerView:
             return
         chosen = self.runs.value
         results = self.explorer.history.read()[::-1]
-        options = [(self._line(result), result.id) for result in results]
-        self.runs.options = options
+        self.runs.options = [(self._line(result), result.id) for result in results]
         self.runs.value = [value for value in chosen if value in {r.id for r in results}]
 
     @staticmethod
@@ -532,22 +531,19 @@ class ExplorerView:
     # Chat
 
     def _make_chat(self) -> None:
-        names = self.explorer.names()
-        alpaca = [name for name in names if catalog.model(name).family == "alpaca"]
+        alpaca = [n for n in self.explorer.names() if catalog.model(n).family == "alpaca"]
         self.chat_model = widgets.Dropdown(options=alpaca, description="Model")
         self.turns: list[tuple[str, str]] = []
         self.transcript = _html()
-        wide = widgets.Layout(width="95%")
-        self.message = widgets.Textarea(description="You", layout=wide)
+        self.message = widgets.Textarea(description="You", layout=widgets.Layout(width="95%"))
         buttons = [
             self._button("Send", self.say, button_style="primary"),
             self._button("Stop", self.explorer.stop),
             self._button("New conversation", self.forget),
         ]
-        note = "Temperature and the other settings are those of “Ask”."
+        note = widgets.HTML("Temperature and the other settings are those of “Ask”.")
         self._chat_box = widgets.VBox(
-            [self.chat_model, self.transcript, self.message, widgets.HBox(buttons)]
-            + [widgets.HTML(note)]
+            [self.chat_model, self.transcript, self.message, widgets.HBox(buttons), note]
         )
 
     def forget(self) -> None:

@@ -30,6 +30,7 @@ from .inference import SAMPLING, Model
 from .loading import load
 from .partial import locked
 from .places import models_directory, project_directory
+from .report import write_text
 from .templates import TEMPLATES, Turn
 from .tokenizer import Tokenizer
 
@@ -73,9 +74,7 @@ class Request:
     def settings(self) -> dict:
         """Return what `Model.generate` takes besides the prompt."""
         values = asdict(self) | {"history": self.turns}
-        for name in ("model", "prompt", "turns"):
-            del values[name]
-        return values
+        return {n: value for n, value in values.items() if n not in ("model", "prompt", "turns")}
 
     def parameters(self) -> dict:
         """Return the parameters with which lesson 06 answers this again."""
@@ -144,21 +143,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Token:
-    """A token as it is shown: `kind` is "control" (BOS), "byte" (of a fallback) or "text"."""
+    """A token as it is shown, a space as U+2581, a byte of a fallback as its number.
+
+    `kind` is "control" (BOS), "byte" or "text".
+    """
 
     id: int
     piece: str
     kind: str
-
-
-def tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Token]:
-    """Return how `ids` are spelt; a space is U+2581, a byte of a fallback its number."""
-    controls = (tokenizer.bos, tokenizer.eos)
-    found = []
-    for number, piece in zip(ids, tokenizer.pieces(ids), strict=True):
-        kind = "byte" if re.fullmatch("<0x[0-9A-F]{2}>", piece) else "text"
-        found.append(Token(number, piece, "control" if number in controls else kind))
-    return found
 
 
 def differences(first: str, second: str) -> list[tuple[str, bool]]:
@@ -218,9 +210,7 @@ class History:
             plain = [r for r in results if not r.starred]
             spare = {r.id for r in plain[: max(0, len(plain) - KEPT)]}
             lines = [json.dumps(asdict(r), ensure_ascii=True) for r in results if r.id not in spare]
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text("[\n" + ",\n".join(lines) + "\n]\n", "utf-8")
-            partial.replace(self.path)
+            write_text(self.path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def export(result: Result, form: str) -> str:
@@ -318,9 +308,6 @@ class Explorer:
                 self._models[name] = load(self.directory(name), device=self.device)
             return self._models[name]
 
-    def tokenizer(self, name: str) -> Tokenizer:
-        return _tokenizer(self.directory(name))
-
     def text_for(self, request: Request) -> str:
         """Return the exact text that the model is given."""
         text = TEMPLATES[request.template].render(request.prompt, request.turns)
@@ -328,8 +315,13 @@ class Explorer:
 
     def tokens(self, request: Request) -> list[Token]:
         """Return the tokens that the model is given, BOS first."""
-        tokenizer = self.tokenizer(request.model)
-        return tokens(tokenizer, tokenizer.encode(self.text_for(request)))
+        tokenizer = _tokenizer(self.directory(request.model))
+        ids, controls = tokenizer.encode(self.text_for(request)), (tokenizer.bos, tokenizer.eos)
+        found = []
+        for number, piece in zip(ids, tokenizer.pieces(ids), strict=True):
+            kind = "byte" if re.fullmatch("<0x[0-9A-F]{2}>", piece) else "text"
+            found.append(Token(number, piece, "control" if number in controls else kind))
+        return found
 
     def fitted(self, request: Request) -> Request:
         """Return `request` with as many of its latest turns as leave the answer some room."""
