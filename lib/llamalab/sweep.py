@@ -46,10 +46,6 @@ class Sweep:
     def index(self) -> Path:
         return self.directory / "index.html"
 
-    @property
-    def ended(self) -> bool:
-        return self.index.is_file()
-
     def place(self, point: int) -> Path:
         """Return the directory of a point's run."""
         return self.directory / "points" / f"{point:0{len(str(len(self.points)))}}"
@@ -131,7 +127,7 @@ def run_sweep(
     """
     with _alone(sweep):
         kept = sweep.runs()
-        if sweep.ended:
+        if sweep.index.is_file():  # the sweep has ended before
             kept = {i: run for i, run in kept.items() if run.status == "ok"}
         todo = [i for i in range(len(sweep.points)) if i not in kept]
         if kept:
@@ -162,49 +158,38 @@ def _run_here(sweep: Sweep, todo: list[int], jobs: int, limits: dict) -> Iterato
     for worker in workers:
         idle.put(worker)
 
+    # A terminal shows how many points have ended, and in which cells the others are.
+    lock, cells = threading.Lock(), {}
+    settings = {"total": len(sweep.points), "initial": len(sweep.points) - len(todo)}
+    settings |= {"desc": sweep.notebook.stem, "unit": "point", "disable": not sys.stderr.isatty()}
+
     def run_one(point: int) -> Run:
+        def show(event: dict) -> None:
+            if "cell" in event:
+                with lock:
+                    cells[point] = f"{point}: cell {event['cell']}/{event['of']}"
+                    bar.set_postfix_str(", ".join(cells.values()))
+
         worker = idle.get()
         try:
             place, parameters = sweep.place(point), sweep.points[point]
-            with shown(point) as on_event:
-                return worker.run(sweep.notebook, place, parameters, **limits, on_event=on_event)
+            return worker.run(sweep.notebook, place, parameters, **limits, on_event=show)
         finally:
             idle.put(worker)
 
-    with ThreadPoolExecutor(jobs) as pool, points_bar(sweep, todo) as shown:
+    with ThreadPoolExecutor(jobs) as pool, terminal_bar(**settings, leave=False) as bar:
         futures = {pool.submit(run_one, point): point for point in todo}
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                point, run = futures[future], future.result()
+                with lock:
+                    cells.pop(point, None)
+                    bar.update(1)
+                yield point, run
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
                 worker.close()
-
-
-@contextlib.contextmanager
-def points_bar(sweep: Sweep, todo: list[int]) -> Iterator[Callable]:
-    """Show on a terminal how many points have ended and in which cells the others are."""
-    lock, at = threading.Lock(), {}
-    settings = {"total": len(sweep.points), "initial": len(sweep.points) - len(todo)}
-    settings |= {"desc": sweep.notebook.stem, "unit": "point", "disable": not sys.stderr.isatty()}
-
-    with terminal_bar(**settings, leave=False) as bar:
-
-        @contextlib.contextmanager
-        def shown(point: int) -> Iterator[Callable[[dict], None]]:
-            def show(event: dict) -> None:
-                if "cell" in event:
-                    with lock:
-                        at[point] = f"{point}: cell {event['cell']}/{event['of']}"
-                        bar.set_postfix_str(", ".join(at.values()))
-
-            yield show
-            with lock:
-                at.pop(point, None)
-                bar.update(1)
-
-        yield shown
 
 
 @contextlib.contextmanager
