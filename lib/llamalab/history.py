@@ -21,27 +21,24 @@ def runs_in(output_dir: Path) -> list[Path]:
     return sorted(ours, key=lambda path: path.name, reverse=True)
 
 
-def write_index(output_dir: Path) -> Path:
-    """Write `index.html` over all runs that are there; return its path."""
-    rows, links = [], []
+def write_index(output_dir: Path) -> None:
+    """Write `index.html` over all runs that are there."""
+    rows, reports = [], []
     for path in runs_in(output_dir):
-        run = read_run(path)
-        if run is None and not (path / "sweep.json").is_file():
-            continue
         row = {"began": NAME.fullmatch(path.name)[1]}
-        if run:
+        if run := read_run(path):
             row |= {"notebook": run.notebook, "status": run.status, "seconds": run.seconds}
             row |= {"peak_rss_bytes": run.peak_rss_bytes, "error": run.error}
             row["parameters"] = ", ".join(f"{k}={v}" for k, v in run.parameters.items())
-            links.append(f"{path.name}/{run.report.name}")
-        else:
+            reports.append(f"{path.name}/{run.report.name}")
+        elif (path / "sweep.json").is_file():
             row |= _sweep_row(path)
-            links.append(f"{path.name}/index.html")
+            reports.append(f"{path.name}/index.html")
+        else:  # a manifest that cannot be read
+            continue
         rows.append(row)
     columns = "began notebook status seconds peak_rss_bytes parameters error".split()
-    index = output_dir / "index.html"
-    write_text(index, page("Runs", table(columns, rows, {"report": links})))
-    return index
+    write_text(output_dir / "index.html", page("Runs", table(columns, rows, reports)))
 
 
 def _sweep_row(path: Path) -> dict:

@@ -78,16 +78,12 @@ svg {{ background: white; max-width: 100%; height: auto; margin: 1em 1em 1em 0 }
 """
 
 
-def table(
-    columns: Sequence[str], rows: Sequence[Mapping], links: Mapping[str, Sequence[str]]
-) -> str:
-    """Return rows as an HTML table; `links` are further columns, an address for each row."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in [*links, *columns])
+def table(columns: Sequence[str], rows: Sequence[Mapping], reports: Sequence[str]) -> str:
+    """Return rows as an HTML table, each with a link to its report."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["report", *columns])
     lines = [f"<table><tr>{head}</tr>"]
-    for number, row in enumerate(rows):
-        cells = [
-            f'<a href="{urllib.parse.quote(held[number])}">open</a>' for held in links.values()
-        ]
+    for row, report in zip(rows, reports, strict=True):
+        cells = [f'<a href="{urllib.parse.quote(report)}">open</a>']
         for name in columns:
             value = row.get(name)
             cells.append("" if value is None else html.escape(str(value)[:1000]))

@@ -33,12 +33,12 @@ def write_summary(
     writer.writerows(rows)
     write_text(directory / "summary.csv", text.getvalue())
     _write_parquet(directory / "summary.parquet", columns, rows)
-    links = {"report": [f"{Path(r['directory']) / Path(notebook).stem}.html" for r in rows]}
-    figures = [_figure(rows, swept, name) for name in _drawn(rows, swept, columns)]
+    reports = [f"{Path(row['directory']) / Path(notebook).stem}.html" for row in rows]
+    figures = [_figure(rows, swept, name) for name in _drawn(rows, columns)]
     ok = sum(row["status"] == "ok" for row in rows)
     body = f"<p>{ok} of {len(rows)} points ended ok. The table as "
     body += '<a href="summary.csv">summary.csv</a>.</p>' + "".join(figures)
-    body += table([n for n in columns if n != "directory"], rows, links)
+    body += table([n for n in columns if n != "directory"], rows, reports)
     write_text(directory / "index.html", page(f"Sweep of {notebook}", body))
 
 
@@ -74,7 +74,7 @@ def _write_parquet(file: Path, columns: Sequence[str], rows: Sequence[dict]) -> 
     os.replace(new, file)
 
 
-def _drawn(rows: Sequence[dict], swept: Mapping[str, list], columns: Sequence[str]) -> list[str]:
+def _drawn(rows: Sequence[dict], columns: Sequence[str]) -> list[str]:
     """Return the columns worth a figure: numbers that were recorded; else the seconds taken."""
 
     def is_number(name: str) -> bool:
