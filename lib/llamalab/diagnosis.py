@@ -164,12 +164,12 @@ def diagnose(
     if view is None:
         return case.end("The weights could not be opened.")
     # From here on, each check goes on only where it would not tell an earlier fault again.
-    if adapters and not case.names:
+    if adapters and not case.findings:
         case.look("adapters", _check_new_pieces, opened, view)
-    if not case.names:
+    if not case.findings:
         case.look("tokenizer", fitting_model, view)
         case.look("dtypes", _check_dtypes, view)
-    sound = not case.names
+    sound = not case.findings
     # Rows can be added for speed: it is the pieces that tell the family.
     rows = len(Tokenizer(view.tokenizer)) if sound else view.vocab_size
     family = catalog.family_of(view.made_of, rows)
@@ -177,7 +177,8 @@ def diagnose(
         case.look("BOS", _check_bos, case, view)
     if sound and prompt:
         case.look("prompt", _check_prompt, view, prompt, bool(with_prompt))
-    if sound or case.names == ["applied-twice"]:  # a base that is merged has the family asked for
+    # A base that is merged has the family asked for.
+    if sound or list(case.findings) == ["applied-twice"]:
         _check_template(case, family, with_prompt)
     if sound:
         case.look("new rows", _check_appended_rows, view)
@@ -198,13 +199,9 @@ class _Case:
 
     def __init__(self, directory: Path, adapters: Sequence[Path]):
         self.directory, self.adapters = directory, adapters
-        self.findings: list[Finding] = []
+        self.findings: dict[str, Finding] = {}
         self.notes: list[str] = []
         self.looked_at: list[str] = []
-
-    @property
-    def names(self) -> list[str]:
-        return [finding.name for finding in self.findings]
 
     def look(self, what: str, check: Callable, *arguments):
         """Return what `check` returns, or None if it raised: then there is one finding more."""
@@ -213,10 +210,10 @@ class _Case:
             return check(*arguments)
         except LabError as error:
             name = error.finding or "damaged-file"
-            why = error.why or FINDINGS[name].cause
-            if name not in self.names:
+            if name not in self.findings:
+                why = error.why or FINDINGS[name].cause
                 command = self._filled_in(FINDINGS[name].command)
-                self.findings.append(Finding(name, error.what, why, error.fix, command))
+                self.findings[name] = Finding(name, error.what, why, error.fix, command)
             return None
 
     def _filled_in(self, command: str) -> str:
@@ -230,8 +227,7 @@ class _Case:
 
     def end(self, subject: str) -> Diagnosis:
         looked_at = tuple(dict.fromkeys(self.looked_at))
-        order = list(FINDINGS)
-        findings = tuple(sorted(self.findings, key=lambda finding: order.index(finding.name)))
+        findings = tuple(self.findings[name] for name in FINDINGS if name in self.findings)
         return Diagnosis(subject, findings, tuple(self.notes), looked_at)
 
 
