@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -425,7 +426,7 @@ def make_adapter(
     recipe: Recipe,
     name: str,
     draw_batch,
-    before: str,
+    before: str = "",
 ) -> None:
     """Train an adapter with new embeddings on the shipped files before it, and save it by PEFT."""
     from peft import LoraConfig, get_peft_model
@@ -460,16 +461,12 @@ def make_adapter(
     config_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def _adapter_stage(name: str, draw_batch, before: str = "") -> Callable:
-    return lambda *arguments: make_adapter(*arguments, name, draw_batch, before)
-
-
 STAGES = {
     "tokenizer": make_tokenizers,
     "base": make_base,
-    "llama": _adapter_stage(LLAMA, _llama_batch),
-    "alpaca": _adapter_stage(ALPACA, _alpaca_batch),
-    "plus": _adapter_stage(PLUS, _plus_batch, before=LLAMA),
+    "llama": partial(make_adapter, name=LLAMA, draw_batch=_llama_batch),
+    "alpaca": partial(make_adapter, name=ALPACA, draw_batch=_alpaca_batch),
+    "plus": partial(make_adapter, name=PLUS, draw_batch=_plus_batch, before=LLAMA),
 }
 
 
