@@ -12,7 +12,6 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import anywidget
 import ipywidgets as widgets
@@ -288,17 +287,15 @@ class ExplorerView:
         self.prompt = widgets.Textarea(value=request.prompt, description="Prompt", layout=wide)
         self.compare = widgets.Dropdown(options=COMPARISONS, description="Compare")
         self.sliders = {
-            "top_p": widgets.FloatSlider(
-                value=request.top_p, min=0.05, max=1, step=0.05, description="Top-p"
-            ),
-            "top_k": widgets.IntSlider(value=request.top_k, min=0, max=200, description="Top-k"),
+            "top_p": widgets.FloatSlider(min=0.05, max=1, step=0.05, description="Top-p"),
+            "top_k": widgets.IntSlider(min=0, max=200, description="Top-k"),
             "repetition_penalty": widgets.FloatSlider(
-                value=request.repetition_penalty, min=1, max=2, step=0.05, description="Penalty"
+                min=1, max=2, step=0.05, description="Penalty"
             ),
-            "max_new_tokens": widgets.IntSlider(
-                value=request.max_new_tokens, min=1, max=1000, description="Max tokens"
-            ),
+            "max_new_tokens": widgets.IntSlider(min=1, max=1000, description="Max tokens"),
         }
+        for name, slider in self.sliders.items():
+            slider.value = getattr(request, name)
         self.seed = widgets.BoundedIntText(
             value=request.seed, min=0, max=2**31 - 1, description="Seed"
         )
@@ -522,9 +519,9 @@ class ExplorerView:
         shown = []
         for result in self.chosen():
             text = export(result, self.form.value)
-            folder = self.explorer.history.path.parent
-            path = folder / f"answer-{result.id}{FORMS[self.form.value]}"
-            Path(path).write_bytes(text.encode("utf-8", "replace"))
+            name = f"answer-{result.id}{FORMS[self.form.value]}"
+            path = self.explorer.history.path.with_name(name)
+            path.write_bytes(text.encode("utf-8", "replace"))
             shown.append(f"<b>{escaped(str(path))}</b><pre>{escaped(text)}</pre>")
         self.history_shows.value = "".join(shown)
 

@@ -368,10 +368,6 @@ class Explorer:
             stopped=bool(stop_when and stop_when()),
         )
 
-    @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
     def start(
         self, requests: Sequence[Request | Callable[[], Request]], listener: Listener
     ) -> None:
@@ -394,7 +390,7 @@ class Explorer:
         """Wait until nothing is being answered; return whether that is so."""
         if self._thread:
             self._thread.join(seconds)
-        return not self.busy
+        return not (self._thread and self._thread.is_alive())
 
     def _fly(self, requests, listener: Listener, stop: threading.Event, before) -> None:
         if before:
