@@ -135,10 +135,14 @@ def serve() -> None:
             os.write(answers, (json.dumps(event) + "\n").encode())
 
     for line in sys.stdin:
+        job = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            _run(json.loads(line), tell)
-        tell({"ended": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])})
+            _run(job, tell)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        # What was cut off is removed here, where nobody can be writing into it any more.
+        shutil.rmtree(partial_directory(Path(job[1])), ignore_errors=True)
+        tell({"ended": code})
 
 
 def _run(job: list, tell: Callable[[dict], None]) -> None:
@@ -148,11 +152,9 @@ def _run(job: list, tell: Callable[[dict], None]) -> None:
 
     def leash() -> None:
         os.read(0, 1)  # nothing comes; it returns when the front is gone
-        shutil.rmtree(partial_directory(Path(directory)), ignore_errors=True)
-        # The kernel last: its end would be taken for a result, and written down.
         if "kernel" in seen:
             kill_group(seen["kernel"])
-        os._exit(1)
+        os._exit(1)  # at once: the kernel's end would be taken for a result, and written down
 
     def pass_on(event: dict) -> None:
         seen.update(event)
