@@ -95,7 +95,7 @@ def test_chinese_is_drawn_without_boxes(tmp_path, recwarn):
 def test_memory_is_watched():
     with course.MemoryWatch() as memory:
         held = bytearray(b"x") * 80_000_000
-        time.sleep(0.05)
+        time.sleep(0.3)
         del held
     assert memory.grown > 60e6
     with course.MemoryWatch() as memory:

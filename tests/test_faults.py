@@ -313,7 +313,7 @@ def test_interrupted_it_says_how_to_go_on(tmp_path):
 def test_two_processes_on_one_file(tmp_path):
     content, sha256 = served_in(tmp_path, 6_000_000)
     log, models = [], tmp_path / "models"
-    with serve(tmp_path / "served", log=log, rate=2_000_000) as url:
+    with serve(tmp_path / "served", log=log, rate=1_000_000) as url:
         both = [child(sha256, url, models, "w.pth", "--connections", 1) for _ in range(2)]
         errors = [process.communicate(timeout=60)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0]

@@ -63,11 +63,11 @@ def descendants(front: subprocess.Popen) -> tuple[list, list, list]:
     lines = {}
     for process in psutil.Process(front.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just ended
-            lines[process] = " ".join(process.cmdline())
-    kernels = [p for p, line in lines.items() if "ipykernel" in line]
-    workers = [p for p, line in lines.items() if "llamalab.worker" in line]
-    running = [p for p in workers if p.parent() in workers]
-    return [p for p in workers if p not in running], running, kernels
+            lines[process] = (process.parent(), " ".join(process.cmdline()))
+    kernels = [p for p, (_, line) in lines.items() if "ipykernel" in line]
+    parents = {p: parent for p, (parent, line) in lines.items() if "llamalab.worker" in line}
+    running = [p for p, parent in parents.items() if parent in parents]
+    return [p for p in parents if p not in running], running, kernels
 
 
 def wait_until(condition, seconds: float = 120) -> None:
@@ -119,11 +119,17 @@ def test_24_points_survive_kills_of_front_and_workers(tmp_path):
     def ended() -> set[Path]:
         return {p.parent for p in (tmp_path / "runs").glob("*/points/*/manifest.json")}
 
+    def kill_one(kind: int) -> bool:
+        """Kill a worker (0) or a process that runs a notebook (1), if there is one now."""
+        for process in descendants(front)[kind]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+                return True
+        return False
+
     front = subprocess.Popen(command(path, *grid), stderr=subprocess.DEVNULL)
-    wait_until(lambda: len(ended()) >= 3 and descendants(front)[1])
-    descendants(front)[1][0].kill()  # the process that runs a notebook
-    wait_until(lambda: len(ended()) >= 6 and descendants(front)[0])
-    descendants(front)[0][0].kill()  # a worker, which had papermill ready
+    wait_until(lambda: len(ended()) >= 3 and kill_one(1))
+    wait_until(lambda: len(ended()) >= 6 and kill_one(0))  # it had papermill ready
     wait_until(lambda: len(ended()) >= 9)
     left = sum(descendants(front), [])  # a worker waits for what it runs, and removes its pieces
     front.kill()
