@@ -239,6 +239,7 @@ def test_the_index_of_all_runs_and_keeping_the_newest(tmp_path):
         time.sleep(1)  # names differ by the second
     text = (out / "index.html").read_text("utf-8")
     assert text.count("<tr") == 5 and "ZeroDivisionError" in text and "<i>" not in text
+    assert len(re.findall(r"<td>[\d.]+ MB</td>", text)) == 4  # the peaks of memory
     from urllib.parse import unquote
 
     links = [unquote(link) for link in re.findall(r'href="([^"]+)"', text)]

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import nbformat
 import torch
 
 from . import catalog, execution, loading, merging
@@ -163,9 +162,7 @@ def _take(ray, done, sweep, point: int) -> Run:
     except ray.exceptions.RayError as error:
         run = Run(sweep.notebook.name, sweep.points[point], directory, status="killed")
         run.error = f"The cluster lost it: {str(error).strip().splitlines()[-1]}"
-        book = nbformat.read(sweep.notebook, as_version=4)
-        execution.judge_unrun(run, book)
-        execution.write_run(run, book, execution.digest(sweep.notebook))
+        execution.write_unrun(run, sweep.notebook)
         return run
     partial = partial_directory(directory)
     partial.mkdir(parents=True, exist_ok=True)

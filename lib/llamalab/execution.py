@@ -248,15 +248,6 @@ def _judge(run: Run, watch: Watch, told: list[dict]) -> None:
     run.peak_rss_bytes = max(watch.peaks.values(), default=None)
 
 
-def judge_unrun(run: Run, notebook: NotebookNode) -> None:
-    """Say of every cell that it has not run, where nobody is left to tell."""
-    for index, cell in enumerate(notebook.cells):
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-            unknown = {"status": "not run", "seconds": None, "peak_rss_bytes": None}
-            run.cells.append({"index": index} | unknown)
-
-
 def _cell_status(cell: NotebookNode) -> str:
     expected = "raises-exception" in cell.metadata.get("tags", [])
     if any(output.output_type == "error" for output in cell.outputs) and not expected:
@@ -298,6 +289,17 @@ def write_run(run: Run, notebook: NotebookNode, source_digest: str) -> None:
     write_text(partial / MANIFEST, as_json(run))
     (partial / "journal").unlink(missing_ok=True)
     os.replace(partial, run.directory)
+
+
+def write_unrun(run: Run, source: Path) -> None:
+    """Write the directory of a run that nobody is left to tell of: no cell of `source` has run."""
+    notebook = nbformat.read(source, as_version=4)
+    for index, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+            unknown = {"status": "not run", "seconds": None, "peak_rss_bytes": None}
+            run.cells.append({"index": index} | unknown)
+    write_run(run, notebook, digest(source))
 
 
 def as_json(run: Run) -> str:

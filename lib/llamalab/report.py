@@ -11,6 +11,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from .estimate import size_text
+
 LONGEST = 100_000
 """Characters of one output that a report shows; the executed notebook holds them all."""
 
@@ -79,13 +81,16 @@ svg {{ background: white; max-width: 100%; height: auto; margin: 1em 1em 1em 0 }
 
 
 def table(columns: Sequence[str], rows: Sequence[Mapping], reports: Sequence[str]) -> str:
-    """Return rows as an HTML table, each with a link to its report."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["report", *columns])
+    """Return rows as an HTML table, each with a link to its report; bytes are told as sizes."""
+    names = [name.removesuffix("_bytes") for name in ["report", *columns]]
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     lines = [f"<table><tr>{head}</tr>"]
     for row, report in zip(rows, reports, strict=True):
         cells = [f'<a href="{urllib.parse.quote(report)}">open</a>']
         for name in columns:
             value = row.get(name)
+            if name.endswith("_bytes") and isinstance(value, int):
+                value = size_text(value)
             cells.append("" if value is None else html.escape(str(value)[:1000]))
         bad = "" if row.get("status", "ok") == "ok" else ' class="bad"'
         lines.append(f"<tr{bad}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")

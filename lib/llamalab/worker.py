@@ -17,8 +17,6 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from pathlib import Path
 
-import nbformat
-
 from . import execution
 from .execution import Run, partial_directory, read_run
 from .watch import kill_group
@@ -86,9 +84,7 @@ class Worker:
                 break
         run = Run(notebook.name, parameters, directory, status="failed" if error else "killed")
         run.error = error or f"The process around the kernel was killed, {TRIES} times."
-        book = nbformat.read(notebook, as_version=4)
-        execution.judge_unrun(run, book)
-        execution.write_run(run, book, execution.digest(notebook))
+        execution.write_unrun(run, notebook)
         return run
 
     def _run_once(self, job: list, on_event: Callable[[dict], None]) -> str:
