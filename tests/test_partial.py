@@ -1,5 +1,6 @@
 """A file on its way: whatever was written and wherever it was cut, no byte is claimed wrongly."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from llamalab import partial
 from llamalab.catalog import FileFacts
-from llamalab.partial import Abandoned, Partial, locked
+from llamalab.partial import Abandoned, Partial, lock_now, locked
 
 CONTENT = bytes(i * 7 % 251 for i in range(1000))
 FACTS = FileFacts(len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest())
@@ -144,3 +145,15 @@ def test_a_lock_keeps_another_process_out_until_it_is_given_back(tmp_path):
     with locked(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock.partial"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_on_the_file_system_nobody_is_kept_out(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(partial.fcntl, "flock", refuse)
+    with open(tmp_path / "file", "w") as file:
+        assert lock_now(file)
+    with locked(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

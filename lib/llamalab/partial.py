@@ -255,6 +255,20 @@ def completed(facts: FileFacts, more: FileFacts) -> FileFacts:
     )
 
 
+def lock_now(file) -> bool:
+    """Lock an open file until it is closed; return False where another process has done so.
+
+    A file system without locks, as some of clusters are, keeps nobody out.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Keep other processes from working in `directory`; wait while another one does."""
@@ -263,13 +277,9 @@ def locked(directory: Path) -> Iterator[None]:
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock_now(lock):
                 say(f"Another process is at work in '{directory}'; waiting for it.")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError:
-                pass  # a file system without locks, as some of clusters are
             try:
                 current = os.path.samestat(os.fstat(lock), os.stat(path))
             except FileNotFoundError:

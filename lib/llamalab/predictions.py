@@ -6,7 +6,6 @@ in the order of the prompts. What is in the file whole is never asked again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
@@ -20,6 +19,7 @@ from .errors import DamagedFile, Incompatible, NotFound, OutputExists
 from .estimate import kv_cache_bytes
 from .inference import Answer, Model, check_seed, effective
 from .loading import memory_free, shape_of
+from .partial import lock_now
 from .progress import bar
 
 BATCH = 64
@@ -159,14 +159,12 @@ def _line(index: int, prompt: str, answer: Answer, told: dict) -> str:
 def _locked(path: Path) -> Iterator:
     """Open the file to be read and appended to, by nobody else at the same time."""
     with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_now(file):
             raise OutputExists(
                 f"{path} is being written by another process.",
                 "Two that answer into one file would mix their lines.",
                 "Wait for it, or name another --predictions-file.",
-            ) from None
+            )
         yield file
 
 

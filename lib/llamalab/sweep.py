@@ -8,7 +8,6 @@ notebook's text: the same sweep finds its directory again and goes on there.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -25,6 +24,7 @@ from pathlib import Path
 from . import __version__, environment
 from .errors import OutputExists, UsageError
 from .execution import Run, digest, read_run
+from .partial import lock_now
 from .preflight import memory_needed, require_room
 from .progress import say, terminal_bar
 from .report import write_text
@@ -197,16 +197,12 @@ def _alone(sweep: Sweep) -> Iterator[None]:
     """Make the sweep's directory and keep other processes out of it."""
     (sweep.directory / "points").mkdir(parents=True, exist_ok=True)
     with open(sweep.directory / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_now(lock):
             raise OutputExists(
                 f"Another process is running this sweep in '{sweep.directory}'.",
                 "Two at once would run the same points.",
                 "Wait for it, or name another --output-dir.",
-            ) from None
-        except OSError:
-            pass  # a file system without locks, as some of clusters are
+            )
         for left in (sweep.directory / "points").glob(".*.partial"):  # by one that was killed
             shutil.rmtree(left, ignore_errors=True)
         about = {"notebook": sweep.notebook.name, "swept": sweep.swept, "points": sweep.points}
