@@ -162,6 +162,29 @@ def test_prompts_need_the_model_on_every_machine(lab, tmp_path, machines, monkey
         pass
 
 
+@pytest.mark.parametrize("refusals", [1, cluster.CONNECTION_TRIES])
+def test_a_cluster_that_gives_up_a_connection_is_asked_again(machines, monkeypatch, refusals):
+    from ray.util.client.worker import Worker
+
+    begin, begun = Worker._server_init, []
+
+    def refuse(self, *arguments):
+        begun.append(arguments)
+        if len(begun) <= refusals:
+            raise ConnectionAbortedError("Initialization failure from server:\nit hung")
+        return begin(self, *arguments)
+
+    monkeypatch.setattr(Worker, "_server_init", refuse)
+    if refusals < cluster.CONNECTION_TRIES:
+        assert len(cluster._machines(cluster._connect(machines[1]))) == 2
+        ray.shutdown()
+    else:
+        with pytest.raises(NotFound, match="it hung"):
+            cluster._connect(machines[1])
+    # Under load the real one gives up now and then as well.
+    assert min(refusals + 1, cluster.CONNECTION_TRIES) <= len(begun) <= cluster.CONNECTION_TRIES
+
+
 def test_addresses_that_lead_nowhere(tmp_path):
     path = notebook(tmp_path / "n.ipynb", "1")
     swept = sweep.prepare(path, {"seed": [1]}, {}, tmp_path / "runs")

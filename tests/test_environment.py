@@ -44,6 +44,12 @@ def check_in_new_process(tmp_path: Path, requires: list[str], code: str = "") ->
     return json.loads(done.stdout)
 
 
+def test_the_packages_load_without_a_word_on_standard_error():
+    code = "import llamalab; llamalab.check()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_this_machine():
     report = check(models_dir="somewhere/not/there/yet")
     by_name = rows(report)

@@ -5,9 +5,14 @@ load, generate, diagnose, export, run`. Each is imported on first use, so that `
 stays quick and converting or merging never loads transformers.
 """
 
+import logging
 from importlib import import_module
 
 __version__ = "0.1.0"
+
+# PEFT imports bitsandbytes, if that is there. On some processors it then asks for a package that
+# downloads programs from the Hub; when it quantises, it says the same for each product.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _VERBS = {
     "check": "environment",

@@ -32,6 +32,9 @@ from .worker import Worker
 RETRIES = 5
 """How often Ray runs a point again whose machine was lost."""
 
+CONNECTION_TRIES = 4
+"""How often a cluster that is there is asked: the process it forks for us may hang at its start."""
+
 _worker = None  # of this Ray process: papermill is imported once, not for each point
 _model = None  # of this Ray process: (what `load` was told, what it gave)
 
@@ -186,17 +189,21 @@ def _connect(on: str):
             "Ray is not installed.", "", "Run: pip install 'llamalab[cluster]'"
         ) from None
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        if on == "ray":
-            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-        else:
-            ray.init(on, **quiet)
-    except (ConnectionError, RuntimeError, ImportError) as error:
-        raise NotFound(
-            f"There is no Ray cluster at '{on}'.",
-            str(error).strip().splitlines()[-1],
-            "On its first machine: ray start --head --ray-client-server-port 10001",
-        ) from None
+    for tries_left in reversed(range(CONNECTION_TRIES)):
+        try:
+            if on == "ray":
+                ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            else:
+                ray.init(on, **quiet)
+            break
+        except (ConnectionError, RuntimeError, ImportError) as error:
+            if tries_left and isinstance(error, ConnectionAbortedError):
+                continue
+            raise NotFound(
+                f"There is no Ray cluster at '{on}'.",
+                str(error).strip().splitlines()[-1],
+                "On its first machine: ray start --head --ray-client-server-port 10001",
+            ) from None
     return ray
 
 

@@ -232,7 +232,6 @@ def _network(view: Checkpoint, where: torch.device, dtype: torch.dtype, quantize
             warnings.warn(text, LabWarning, stacklevel=3)
     more = {}
     if quantize:
-        logging.get_logger("bitsandbytes").setLevel("ERROR")  # else a line a product
         more["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=quantize == "8bit",
             load_in_4bit=quantize == "4bit",
