@@ -49,7 +49,7 @@ demo: setup ## Serve lesson 06 as a web page without code, for this machine only
 	  --ServerApp.default_url=/voila/render/notebooks/06_explore_prompts.ipynb $(ARGS)
 
 break: setup ## Make a broken model to diagnose: make break CASE=twice; without CASE, list them
-	@$(IN_ENV) python -W ignore -m llamalab.clinic $(CASE)
+	@$(IN_ENV) python -W ignore -m llamalab_course.broken_models $(CASE)
 
 test: setup ## Check style, then run the tests, every notebook among them
 	@$(IN_ENV) ruff check lib tests benchmarks notebooks

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 import harness
-from llamalab import rehearsal
-from llamalab.checkpoint import HFCheckpoint
+import made_up_weights
+from llamalab.checkpoints.layouts import HFCheckpoint
 
 
 def base(work: Path, size: str) -> Path:
@@ -24,7 +24,7 @@ def base(work: Path, size: str) -> Path:
     directory = work / f"base-{size}"
     if not (directory / "tokenizer.model").exists():  # it is written last
         shutil.rmtree(directory, ignore_errors=True)
-        rehearsal.write_base(directory, rehearsal.SIZES[size])
+        made_up_weights.write_base(directory, made_up_weights.SIZES[size])
     return directory
 
 

@@ -71,9 +71,9 @@ def main() -> None:
 def make(size: str, directory: Path, kinds: set[str]) -> Path:
     """Write a model of made-up weights in HF layout, and as GGUF where that is asked for."""
     import llamalab
-    from llamalab import rehearsal
+    import made_up_weights
 
-    rehearsal.write_base(directory / "meta", rehearsal.SIZES[size])
+    made_up_weights.write_base(directory / "meta", made_up_weights.SIZES[size])
     llamalab.convert(directory / "meta", directory / "hf")
     for kind in kinds & {"f16", "q8_0"}:
         llamalab.export(directory / "hf", directory / f"{kind}.gguf", type=kind)
@@ -116,7 +116,7 @@ def work(program: str, kind: str, count: str, model: Path, tokens: int) -> dict:
 
 def prompt(hf: Path) -> tuple[list[int], str]:
     """Return (ids, text) of a prompt of `PROMPT_TOKENS` tokens, BOS included."""
-    from llamalab.tokenizer import Tokenizer
+    from llamalab.surgery.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(hf)
     text = "made up"
@@ -128,11 +128,12 @@ def prompt(hf: Path) -> tuple[list[int], str]:
 def batches() -> dict:
     """Return the seconds for 64 questions to the lab model, one by one and at once."""
     import llamalab
-    from llamalab import course, labmodel, labworld
+    from llamalab_course import lessons
+    from llamalab_course.family import scores, world
 
-    places = course.need("chinese-alpaca-lab", "merged")
-    model = llamalab.load(places.merged, device="cpu")
-    questions = labmodel.sample(labworld.questions(labworld.load(), "zh"), 64)
+    paths = lessons.need("chinese-alpaca-lab", "merged")
+    model = llamalab.load(paths.merged, device="cpu")
+    questions = scores.sample(world.questions(world.load_world(), "zh"), 64)
     prompts = [question.text for question in questions]
     how = {"template": "alpaca", "temperature": 0, "max_new_tokens": 48}
     seconds, texts = {64: [], 1: []}, {}

@@ -25,15 +25,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from llamalab import catalog, transfer, verify
-from llamalab.catalog import FileFacts, Part
-from llamalab.digest import hash_file
+from llamalab import catalog, verify
+from llamalab.catalog.catalog import FileFacts, Part
+from llamalab.checkpoints.digests import hash_file
+from llamalab.downloads import transfer
 
 NAME = "consolidated.00.pth"
 SERVER = """
 import sys
-from llamalab.mirror import serve
-with serve(sys.argv[1], rate=float(sys.argv[2]) or None) as url:
+from llamalab_course.file_server import serve_files
+with serve_files(sys.argv[1], rate=float(sys.argv[2]) or None) as url:
     print(url, flush=True)
     sys.stdin.read()
 """

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psutil
 
-from llamalab.places import project_directory
+from llamalab.catalog.models_dir import project_directory
 
 PEER = "4.46.3"
 """The last line of transformers whose wheel has the script that converts LLaMA."""
@@ -182,7 +182,7 @@ def arguments(description: str) -> argparse.Namespace:
 
 def llamalab(*words: str | Path) -> list[str]:
     """Return the command line that runs `llamalab` with this Python."""
-    return [sys.executable, "-m", "llamalab.cli", *map(str, words)]
+    return [sys.executable, "-m", "llamalab", *map(str, words)]
 
 
 def report(title: str, rows: Sequence[Row], facts: dict, file: Path | None) -> None:
@@ -231,7 +231,7 @@ def facts(size: str, repeats: int | None = None) -> dict:
     return told
 
 
-_SHA256 = "import sys; from llamalab.digest import hash_file; hash_file(sys.argv[1])"
+_SHA256 = "import sys; from llamalab.checkpoints import hash_file; hash_file(sys.argv[1])"
 
 
 def limits(file: Path, out: Path) -> list[Contender]:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import convert
 import harness
-from llamalab import rehearsal
-from llamalab.checkpoint import HFCheckpoint
+import made_up_weights
+from llamalab.checkpoints.layouts import HFCheckpoint
 
 
 def compared(ours: Path, theirs: Path) -> str:
@@ -39,8 +39,8 @@ def main() -> None:
     adapter = work / f"adapter-{options.size}"
     if not (adapter / "tokenizer.model").exists():
         shutil.rmtree(adapter, ignore_errors=True)
-        shape = rehearsal.SIZES[options.size]
-        rehearsal.write_adapter(adapter, shape, base / "tokenizer.model")
+        shape = made_up_weights.SIZES[options.size]
+        made_up_weights.write_adapter(adapter, shape, base / "tokenizer.model")
     to_hf = harness.llamalab("convert", "--overwrite", "--input-dir", base, "--output-dir", hf)
     harness.compete([harness.Contender("the base in HF layout, to start from", to_hf)], [], 1)
 
@@ -56,7 +56,7 @@ def main() -> None:
     if options.peer_repeats:
         theirs = work / "theirs"
         code = [sys.executable, str(Path(__file__).with_name("peer_merge.py"))]
-        words = [str(hf), str(adapter), str(theirs), str(rehearsal.EXTENDED)]
+        words = [str(hf), str(adapter), str(theirs), str(made_up_weights.EXTENDED)]
 
         def check() -> str:
             kept = work / "kept"

@@ -22,15 +22,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+from llamalab.environment import disk_free, memory_available
 
 import harness
-from llamalab import estimate, rehearsal
-from llamalab.catalog import Model, Part
-from llamalab.digest import hash_file
-from llamalab.environment import disk_free, memory_available
-from llamalab.estimate import size_text
-from llamalab.mirror import serve
-from llamalab.places import project_directory
+import made_up_weights
+from llamalab.catalog import sizes
+from llamalab.catalog.catalog import ModelEntry, Part
+from llamalab.catalog.models_dir import project_directory
+from llamalab.checkpoints.digests import hash_file
+from llamalab.units import size_text
+from llamalab_course.file_server import serve_files
 
 BASE, ADAPTER, MODEL = "made-up-base", "made-up-lora", "made-up-model"
 CONTEXT = 2048
@@ -77,16 +78,20 @@ def main() -> int:
     return 0 if all(step.status == "ok" for step in steps) else 1
 
 
-def entry(size: str) -> Model:
+def entry(size: str) -> ModelEntry:
     """Return the model that is rehearsed, as the catalogue will hold it."""
-    shape = rehearsal.SIZES[size]
-    base = Part(BASE, "base", {}, rehearsal.VOCABULARY, folder="7B", context=CONTEXT, shape=shape)
-    adapter = Part(ADAPTER, "adapter", {}, rehearsal.EXTENDED, family="llama", base=BASE, rank=8)
-    return Model(MODEL, base, (adapter,))
+    shape = made_up_weights.SIZES[size]
+    base = Part(
+        BASE, "base", {}, made_up_weights.VOCABULARY, folder="7B", context=CONTEXT, shape=shape
+    )
+    adapter = Part(
+        ADAPTER, "adapter", {}, made_up_weights.EXTENDED, family="llama", base=BASE, rank=8
+    )
+    return ModelEntry(MODEL, base, (adapter,))
 
 
-def say_what_it_needs(model: Model, work: Path) -> None:
-    needs = estimate.needs(model)
+def say_what_it_needs(model: ModelEntry, work: Path) -> None:
+    needs = sizes.needs(model)
     disk = needs.disk + 2 * 10**9
     print(needs, "", sep="\n")
     print(
@@ -100,14 +105,16 @@ def say_what_it_needs(model: Model, work: Path) -> None:
         raise SystemExit(f"Lesson 04 needs {size_text(needs.cpu_memory)} of memory.")
 
 
-def rehearse(model: Model, size: str, work: Path) -> list[Step]:
+def rehearse(model: ModelEntry, size: str, work: Path) -> list[Step]:
     mirror, models = work / "mirror", work / "models"
     began = time.monotonic()
-    rehearsal.write_base(mirror / BASE, model.base.shape)
-    rehearsal.write_adapter(mirror / ADAPTER, model.base.shape, mirror / BASE / "tokenizer.model")
+    made_up_weights.write_base(mirror / BASE, model.base.shape)
+    made_up_weights.write_adapter(
+        mirror / ADAPTER, model.base.shape, mirror / BASE / "tokenizer.model"
+    )
     (work / "catalog.toml").write_text(catalogue(model, mirror))
     print(f"made {size_text(held_in(mirror))} in {time.monotonic() - began:.0f} s", flush=True)
-    needs, steps = estimate.needs(model), []
+    needs, steps = sizes.needs(model), []
     foretold = {
         "00": (0, 0),
         "01": (needs.download, 0),
@@ -115,7 +122,7 @@ def rehearse(model: Model, size: str, work: Path) -> list[Step]:
         "03": (needs.disk, needs.streaming_memory),
         "04": (needs.disk, needs.cpu_memory),
     }
-    with serve(mirror) as url:
+    with serve_files(mirror) as url:
         for lesson in LESSONS:
             words = ["-p", f"model={MODEL}", "-p", f"models_dir={models}"]
             if lesson == "01":
@@ -133,7 +140,7 @@ def rehearse(model: Model, size: str, work: Path) -> list[Step]:
     return steps
 
 
-def catalogue(model: Model, mirror: Path) -> str:
+def catalogue(model: ModelEntry, mirror: Path) -> str:
     """Return the entry in the catalogue's form, with the digests of the files just made.
 
     The base gets its checklist of md5 digests, as Meta's have one.
@@ -229,7 +236,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def report(model: Model, steps: list[Step], options: argparse.Namespace) -> None:
+def report(model: ModelEntry, steps: list[Step], options: argparse.Namespace) -> None:
     facts = harness.facts(options.size)
     print(
         f"\nLessons 00 to 04 on made-up weights ({options.size})\n{facts['machine']}; {facts['date']}\n"

@@ -47,7 +47,7 @@ def papermill(notebook: Path, points: int, folder: Path) -> None:
 def sweep(notebook: Path, points: int, folder: Path, jobs: int) -> None:
     seeds = ",".join(map(str, range(points)))
     arguments = [str(notebook), "--sweep", f"seed={seeds}", "--output-dir", str(folder)]
-    _command("llamalab.cli", "run", *arguments, "--jobs", str(jobs))
+    _command("llamalab", "run", *arguments, "--jobs", str(jobs))
 
 
 def _command(module: str, *arguments: str) -> None:

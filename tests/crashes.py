@@ -16,19 +16,21 @@ import sys
 import time
 from pathlib import Path
 
-from llamalab.checkpoint import TensorSpec, digest_tensors, open_checkpoint, tensor_digest
-from llamalab.writer import RECORD
+from llamalab.checkpoints.checkpoint import TensorSpec, digest_tensors, tensor_digest
+from llamalab.checkpoints.layouts import open_checkpoint
+from llamalab.checkpoints.output_directory import RECORD
 
 SERVER = """
 import json, os, sys
-from llamalab import cli, conversion, exporting, merging
+from llamalab.cli import main
+from llamalab.surgery import convert, export, merge
 for line in sys.stdin:
     arguments, error_file = json.loads(line)
     pid = os.fork()
     if pid == 0:
         for number, path in ((0, os.devnull), (1, os.devnull), (2, error_file)):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-        os._exit(cli.main(arguments))
+        os._exit(main(arguments))
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """

@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llamalab import runner
-from llamalab.places import project_directory
+from llamalab.catalog.models_dir import project_directory
+from llamalab_runs import notebooks, runner
 
 
 def main() -> int:
@@ -24,8 +24,8 @@ def main() -> int:
     parser.add_argument("notebooks", nargs="*", help="default: the whole course")
     parser.add_argument("--seed", type=int, help="of the shuffled order; default: a new one")
     options = parser.parse_args()
-    lessons = [runner.find_notebook(name) for name in options.notebooks]
-    lessons = lessons or runner.lesson_notebooks()
+    lessons = [notebooks.find_notebook(name) for name in options.notebooks]
+    lessons = lessons or notebooks.lesson_notebooks()
     seed = random.randrange(10**6) if options.seed is None else options.seed
     shuffled = random.Random(seed).sample(lessons, len(lessons))
     rounds = [("twice in one directory", lessons + lessons)]

@@ -12,9 +12,9 @@ import textwrap
 import zipfile
 from collections import namedtuple
 
-from llamalab import catalog, transfer
-from llamalab.catalog import FileFacts, Model, Part
-from llamalab.mirror import serve
+from llamalab.catalog.catalog import FileFacts, ModelEntry, Part
+from llamalab.downloads import transfer
+from llamalab_course.file_server import serve_files
 
 
 def archive(size: int) -> bytes:
@@ -53,8 +53,8 @@ def tables(monkeypatch):
         "tiny": Part("tiny", "base", files, vocab=8),
         "tiny-lora": Part("tiny-lora", "adapter", {"a.json": FileFacts()}, 8, source="hf:me/lora"),
     }
-    models = {"tiny-model": Model("tiny-model", parts["tiny"], (parts["tiny-lora"],))}
-    monkeypatch.setattr(catalog, "_tables", lambda: (parts, models))
+    models = {"tiny-model": ModelEntry("tiny-model", parts["tiny"], (parts["tiny-lora"],))}
+    monkeypatch.setattr("llamalab.catalog.catalog._tables", lambda: (parts, models))
     return parts
 
 
@@ -82,7 +82,7 @@ def loop(tables, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "BACK_OFF_SECONDS", 0.001)
     monkeypatch.setattr(transfer, "STALL_SECONDS", 0.5)
     served, models, log, faults = lay_out(tmp_path / "served" / "tiny"), tmp_path / "models", [], {}
-    with serve(served.parent, faults, log) as url:
+    with serve_files(served.parent, faults, log) as url:
 
         def download(source=url, name="tiny"):
             return transfer.download(name, models, [source])
@@ -92,14 +92,15 @@ def loop(tables, tmp_path, monkeypatch):
 
 CHILD = """
     import sys
-    from llamalab import catalog, cli, transfer
-    from llamalab.catalog import FileFacts, Part
+    from llamalab.catalog import FileFacts, Part, catalog
+    from llamalab.cli import main
+    from llamalab.downloads import transfer
     sha256, url, models, name, *options = sys.argv[1:]
     part = Part("tiny", "base", {name: FileFacts(sha256=sha256)}, vocab=8)
     catalog._tables = lambda: ({"tiny": part}, {})
     transfer.PIECE = 1 << 20
     command = ["download", "tiny", "--models-dir", models, "--source", url, *options]
-    sys.exit(cli.main(command))
+    sys.exit(main(command))
 """
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from llamalab.labmodel import train_pieces
-from llamalab.tokenizer import extend
+from llamalab.surgery.tokenizer import extend
+from llamalab_course.family.training import train_pieces
 
 ENGLISH = "the cat sat on the mat and the dog ran to the red house on a hill near the sea".split()
 CHINESE = (

@@ -15,13 +15,16 @@ from safetensors.torch import load_file, save_file
 
 import llamalab
 import synthetic
-from llamalab import diagnosis, labworld, merging
-from llamalab.checkpoint import HFCheckpoint
+from llamalab import diagnosis
+from llamalab.catalog.models_dir import project_directory
+from llamalab.checkpoints.layouts import HFCheckpoint
 from llamalab.diagnosis import FINDINGS, PAGES, answer_loss, diagnose
 from llamalab.errors import LabError, LabWarning, NotFound, UsageError
-from llamalab.loading import load
-from llamalab.places import project_directory
-from llamalab.tokenizer import Tokenizer
+from llamalab.inference.loading import load
+from llamalab.surgery import adapter
+from llamalab.surgery.adapter import Adapter
+from llamalab.surgery.tokenizer import Tokenizer
+from llamalab_course.family import world
 
 LAB_MODELS = {
     "llama-lab": False,
@@ -184,7 +187,7 @@ def test_embeddings_that_peft_only_saved_along_are_no_sign_of_a_merge(lab, tmp_p
     network = get_peft_model(network, LoraConfig(r=2, target_modules=["q_proj"]))
     network.save_pretrained(tmp_path, save_embedding_layers=True)
     shutil.copy(merged / "tokenizer.model", tmp_path)
-    assert set(merging.Adapter(tmp_path).whole) == {"model.embed_tokens", "lm_head"}
+    assert set(adapter.Adapter(tmp_path).whole) == {"model.embed_tokens", "lm_head"}
     assert diagnose(merged, tmp_path, device="cpu").ok
 
 
@@ -336,7 +339,7 @@ def test_the_loss_of_answers_is_cross_entropy_by_hand(lab):
         count += len(ids) - len(known)
         before += line
     assert answer_loss(model, [page]) == pytest.approx(total / count, rel=1e-4, abs=1e-5)
-    known = {(q.text, q.answer) for q in labworld.questions(labworld.load(), "en")}
+    known = {(q.text, q.answer) for q in world.questions(world.load_world(), "en")}
     for text in "".join(PAGES).splitlines():
         question, _, answer = text.partition("? ")
         assert (question + "?", answer) in known  # easy for the lab family, too
@@ -356,7 +359,7 @@ def test_versions_that_break_this_path(lab, monkeypatch):
             diagnosis, "version", lambda p, package=package, n=number: n if p == package else "99"
         )
         keys = {"enable_lora": None, "merge_weights": False} if foreign else {}
-        plain = merging.Adapter(adapter)
+        plain = Adapter(adapter)
         plain.config = plain.config | keys
         monkeypatch.setattr(diagnosis, "Adapter", lambda path, a=plain: a)
         assert diagnose(lab / "llama-lab", adapter, quick=True).names == expected, number
@@ -373,7 +376,7 @@ def test_names_that_are_not_there_are_errors_and_no_findings(tmp_path):
 
 def test_every_name_in_the_code_is_in_the_table():
     named = set()
-    for path in (project_directory() / "lib" / "llamalab").glob("*.py"):
+    for path in (project_directory() / "lib" / "llamalab").rglob("*.py"):
         text = path.read_text("utf-8")
         named |= set(re.findall(r'finding="([a-z-]+)"', text))
         named |= set(re.findall(r'(?:finding, why|finding|name) = "([a-z]+-[a-z-]+)"', text))
@@ -387,7 +390,7 @@ def test_every_name_in_the_code_is_in_the_table():
 
 
 def cli(*arguments):
-    command = [sys.executable, "-m", "llamalab.cli", "diagnose", *map(str, arguments)]
+    command = [sys.executable, "-m", "llamalab", "diagnose", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 

@@ -13,11 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamalab import catalog, environment, errors, estimate
+from llamalab import catalog, environment, errors, units
+from llamalab.catalog import sizes
 from llamalab.environment import Report, Row, check, disk_free, fits, memory_available
 
 LIB = Path(environment.__file__).parents[1]
-NEEDS = estimate.needs(catalog.model("chinese-alpaca-7b"))
+NEEDS = sizes.needs(catalog.model("chinese-alpaca-7b"))
 GB = 10**9
 
 
@@ -72,8 +73,8 @@ def test_every_way_of_showing_it_says_the_same():
 
 def test_a_model_brings_its_needs_before_anything_is_there(tmp_path):
     report = check("chinese-llama-33b", tmp_path / "new")
-    assert report.needs == estimate.needs(catalog.model("chinese-llama-33b"))
-    assert estimate.size_text(report.needs.disk) in rows(report)["Disk needed"].detail
+    assert report.needs == sizes.needs(catalog.model("chinese-llama-33b"))
+    assert units.size_text(report.needs.disk) in rows(report)["Disk needed"].detail
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(errors.NotFound, match="chinese-llama-7"):
         check("chinese-lama-7b")

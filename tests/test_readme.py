@@ -10,9 +10,11 @@ import sys
 
 import pytest
 
-from llamalab import catalog, diagnosis, runner
-from llamalab.estimate import needs, size_text
-from llamalab.places import project_directory
+from llamalab import catalog, diagnosis
+from llamalab.catalog.models_dir import project_directory
+from llamalab.catalog.sizes import needs
+from llamalab.units import size_text
+from llamalab_runs import notebooks
 
 ROOT = project_directory()
 README = (ROOT / "README.md").read_text("utf-8")
@@ -27,7 +29,7 @@ def test_the_commands_run_from_any_directory_in_order(tmp_path):
         words = shlex.split(line)
         assert words[0] == "llamalab"
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "llamalab.cli", *words[1:]],
+            [sys.executable, "-W", "ignore", "-m", "llamalab", *words[1:]],
             cwd=tmp_path,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -50,14 +52,14 @@ def test_the_python_example_runs(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    from llamalab.scoring import cjk_share
+    from llamalab_course.family.scoring import cjk_share
 
     assert cjk_share(done.stdout) == 1.0
 
 
 def test_the_troubleshooting_table_is_current():
     made = README.split("<!-- findings: made by python -m llamalab.diagnosis -->\n")[1]
-    assert made.split("\n\n")[0] == diagnosis.table()
+    assert made.split("\n\n")[0] == diagnosis.findings_table()
     assert made.split("\n\n")[0].count("\n") == len(diagnosis.FINDINGS) + 1
 
 
@@ -91,7 +93,7 @@ def test_figures_that_are_arithmetic_are_the_packages():
 
 
 def test_every_lesson_and_target_is_named():
-    for lesson in runner.lesson_notebooks():
+    for lesson in notebooks.lesson_notebooks():
         assert f"(notebooks/{lesson.name})" in README
     for target in ("run", "lab", "demo", "break", "test", "test-heavy", "clean"):
         assert f"make {target}" in README

@@ -25,16 +25,22 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 from . import catalog
-from .checkpoint import Checkpoint, open_checkpoint, read_json
-from .conversion import as_hf, permute, unpermute
+from .catalog import locate
+from .checkpoints import Checkpoint, open_checkpoint, read_json
 from .errors import LabError
-from .inference import Model, template_mistake
-from .loading import model_of, pick_device, unsound
-from .merging import Adapter, adapter_list, with_adapters
-from .places import locate
+from .inference import TEMPLATES, Model, fault_of, model_of, pick_device, template_mistake
 from .progress import bytes_bar
-from .templates import TEMPLATES
-from .tokenizer import Tokenizer, appended, fitting_model
+from .surgery import (
+    Adapter,
+    Tokenizer,
+    adapter_list,
+    appended,
+    as_hf,
+    fitting_model,
+    permute,
+    unpermute,
+    with_adapters,
+)
 
 
 class Kind(NamedTuple):
@@ -241,9 +247,6 @@ def _found(name: str, evidence: str, why: str = "", fix: str = "") -> LabError:
     return LabError(evidence, why, fix, finding=name)
 
 
-# --- From headers and small files ---------------------------------------------------------
-
-
 def _check_versions(adapters: Sequence[Adapter | None]) -> None:
     keys = set().union(*(adapter.config for adapter in adapters if adapter))
     for package, versions, what, needed in _BREAKING:
@@ -363,9 +366,6 @@ def _check_prompt(view: Checkpoint, prompt: str, with_prompt: bool) -> None:
         )
 
 
-# --- From the embeddings ------------------------------------------------------------------
-
-
 def _check_appended_rows(view: Checkpoint) -> None:
     """Hold the rows of appended pieces against the rows that were there before.
 
@@ -417,16 +417,13 @@ def _spread_and_variance(view: Checkpoint, name: str, start: int, stop: int) -> 
     return _Rows((lengths.std() / mean).item() if mean else 0.0, variance.item())
 
 
-# --- From every weight --------------------------------------------------------------------
-
-
 def _check_values(view: Checkpoint) -> bool:
     """Read every weight once; True when all are sound."""
     with bytes_bar(view.total_bytes, "values") as bar:
         for name in view.tensors:
             faults = []
             for block in view.blocks(name):
-                faults.append(unsound(block))
+                faults.append(fault_of(block))
                 bar.update(block.nbytes)
             wrong = [fault for fault in faults if "zero" not in fault and fault]
             if wrong or all(faults):
@@ -501,7 +498,7 @@ def answer_loss(model: Model, pages: Sequence[str] = PAGES) -> float:
     return torch.cat(losses).mean().item()
 
 
-def table() -> str:
+def findings_table() -> str:
     """Return README's troubleshooting table, in Markdown."""
     lines = ["| what you see | why | what helps | `diagnose` says |", "|---|---|---|---|"]
     for name, kind in FINDINGS.items():
@@ -512,4 +509,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(findings_table())

@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import catalog, estimate, places
-from .estimate import Needs, size_text
+from . import catalog
+from .catalog import Needs, models_directory, sizes
+from .units import size_text
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
-
 OK, FAIL, INFO = "OK", "FAIL", "INFO"
 TORCH_PAGE = "pytorch.org/get-started"
 CGROUPS = Path("/sys/fs/cgroup")
@@ -90,10 +90,10 @@ def check(model: str | None = None, models_dir: str | os.PathLike = "") -> Repor
         NotFound: `model` is not in the catalogue.
     """
     wanted = catalog.model(model) if model else None
-    needs = estimate.needs(wanted) if wanted else None
+    needs = sizes.needs(wanted) if wanted else None
     gpu_row, gpu_memory = _gpu()
     ram = memory_available()
-    directory = places.models_directory(models_dir)
+    directory = models_directory(models_dir)
     free = disk_free(directory)
     rows = [
         _python(),
@@ -199,7 +199,7 @@ def gpu_memory() -> int:
     return _gpu()[1]
 
 
-def already_there(model: catalog.Model, directory: Path) -> int:
+def already_there(model: catalog.ModelEntry, directory: Path) -> int:
     """Return the bytes that lie in the models `directory` of what `model` needs there."""
     names = {part.name for part in model.parts} | {f"{model.base.name}-hf", model.name}
     return sum(

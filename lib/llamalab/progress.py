@@ -10,7 +10,6 @@ from tqdm import tqdm as terminal_bar
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # tqdm calls its choice between the two experimental
     from tqdm.autonotebook import tqdm as fitting_bar
-
 LOG_SECONDS = 30.0  # between two lines of a log
 
 

@@ -18,7 +18,7 @@ import nbformat
 import pytest
 import yaml
 
-from llamalab.places import project_directory
+from llamalab.catalog.models_dir import project_directory
 
 ROOT = project_directory()
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -255,7 +255,7 @@ def replay(exported: Path, newest: dict, lab: Path, tmp_path: Path) -> None:
     lesson, out = ROOT / "notebooks" / LESSON, tmp_path / "out.ipynb"
     commands = [
         ["papermill", "-f", exported, lesson, out],
-        ["llamalab.cli", "run", "06", "-f", exported, "--output-dir", tmp_path / "runs"],
+        ["llamalab", "run", "06", "-f", exported, "--output-dir", tmp_path / "runs"],
     ]
     for command in commands:
         done = subprocess.run(

@@ -12,10 +12,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from llamalab import runner
-from llamalab.places import project_directory
+from llamalab.catalog.models_dir import project_directory
+from llamalab_runs import notebooks, runner
 
-LESSONS = runner.lesson_notebooks()
+LESSONS = notebooks.lesson_notebooks()
 IDS = [path.stem for path in LESSONS]
 HERE = project_directory() / "notebooks"
 
@@ -43,7 +43,7 @@ def test_form(lesson):
     assert [i for i, c in enumerate(code) if "parameters" in c.metadata.get("tags", [])] == [0]
     lengths = [len(cell.source.splitlines()) for cell in code]
     assert max(lengths) <= 15 and statistics.median(lengths) <= 8
-    declared = runner.parameters_of(path)
+    declared = notebooks.parameters_of(path)
     assert {"model", "models_dir", "device"} <= set(declared)
     assert all(parameter.help for parameter in declared.values())
     prose = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
@@ -77,7 +77,7 @@ def test_links_lead_somewhere(lesson):
 def test_without_llamalab_one_sentence_says_which_kernel(lesson, tmp_path):
     book, _ = lesson
     code = [cell.source for cell in book.cells if cell.cell_type == "code"][:2]
-    script = "import sys\nsys.modules['llamalab'] = None\nsys.modules['llamalab.course'] = None\n"
+    script = "import sys\nsys.modules['llamalab'] = None\nsys.modules['llamalab_course'] = None\n"
     done = subprocess.run(
         [sys.executable, "-c", script + "\n".join(code)],
         capture_output=True,

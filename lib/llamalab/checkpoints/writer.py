@@ -1,0 +1,248 @@
+"""Writing: the only place that moves weights, in a way that leaves no half-made model behind.
+
+`write` streams any checkpoint, block by block, into safetensors shards (HF layout) or the
+archive that `torch.load` reads (Meta layout): memory holds about one block, never a model. The
+work lies in a sibling `.OUT.partial` until everything is on disk; then one rename makes it OUT.
+A run that is cut off is taken up again by the same command, at the first unfinished shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from ..errors import OutputExists
+from ..files import write_durably
+from ..progress import bytes_bar
+from ..units import parse_size
+from .checkpoint import Checkpoint, raw_bytes, tensor_digest
+from .containers import DirectFile, write_safetensors, write_torch_archive
+from .digests import hash_file
+from .output_directory import (
+    JOURNAL,
+    RECORD,
+    Made,
+    already_made,
+    exclusive,
+    json_bytes,
+    plan_of,
+    put_in_place,
+    refuse_bad_place,
+    refuse_changed,
+    refuse_to_replace_strangers,
+    require_room,
+    resume_shards,
+    state_of,
+    versions_in_use,
+)
+
+
+def plan_shards(checkpoint: Checkpoint, max_shard_size: int) -> dict[str, list[str]]:
+    """Return shard file name -> tensor names, layer by layer, the same by every route.
+
+    A shard is closed before it would pass `max_shard_size` bytes; a tensor larger than that
+    has a shard of its own. One shard alone is called `model.safetensors`. Meta layout has one
+    `consolidated.00.pth`, whatever its size.
+    """
+    # By name, numbers by value: layer 2 before layer 10, whatever the input's order was.
+    ordered = sorted(
+        checkpoint.tensors,
+        key=lambda name: [
+            (len(part), part) if part.isdigit() else (0, part) for part in name.split(".")
+        ],
+    )
+    if checkpoint.layout == "meta":
+        return {"consolidated.00.pth": ordered}
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name in ordered:
+        spec = checkpoint.tensors[name]
+        if groups[-1] and filled + spec.nbytes > max_shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += spec.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {
+        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
+        for i, group in enumerate(groups, start=1)
+    }
+
+
+def write(
+    checkpoint: Checkpoint,
+    output_dir: str | Path,
+    *,
+    files: dict[str, bytes],
+    made_by: str,
+    max_shard_size: str | int = "2GB",
+    overwrite: bool = False,
+) -> Made:
+    """Write `checkpoint` in its layout, with its configuration and `files`, to `output_dir`.
+
+    Args:
+        files: further small files, name -> content; the tokenizer's.
+        made_by: the verb, for the record.
+        max_shard_size: bytes, or text such as "2GB".
+        overwrite: replace another model in the output directory; never anything else.
+
+    Raises:
+        OutputExists, OutOfDate, UsageError, NotEnoughRoom: before anything is written.
+        DamagedFile: an input turned out bad on the way; the output directory is as it was.
+    """
+    out, began = Path(output_dir).expanduser().resolve(), time.monotonic()
+    refuse_bad_place(out, checkpoint.inputs)
+    if checkpoint.layout == "meta":
+        files = files | {"params.json": json_bytes(checkpoint.config)}
+    else:
+        generation = {"bos_token_id": 1, "eos_token_id": 2}
+        files = files | {
+            "config.json": json_bytes(checkpoint.config),
+            "generation_config.json": json_bytes(generation),
+        }
+    shards = plan_shards(checkpoint, parse_size(max_shard_size))
+    settings = {
+        "max_shard_size": parse_size(max_shard_size),
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    }
+    inputs = [state_of(path) for path in dict.fromkeys(checkpoint.inputs)]
+    with exclusive(out) as partial:
+        if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+            try:
+                return already_made(out, inputs, settings)
+            except OutputExists:
+                if not overwrite:
+                    raise
+                refuse_to_replace_strangers(out)
+        done = resume_shards(partial, inputs, settings)
+        require_room(checkpoint, shards, done, partial)
+        hashes = _write_shards(checkpoint, shards, partial, done, inputs, settings)
+        digest = tensor_digest({n: (s, hashes[n]) for n, s in checkpoint.tensors.items()})
+        if len(shards) > 1:
+            index = {name: shard for shard, names in shards.items() for name in names}
+            files["model.safetensors.index.json"] = json_bytes(
+                {"metadata": {"total_size": checkpoint.total_bytes}, "weight_map": index}
+            )
+        record = {
+            "made_by": made_by,
+            "made_of": list(checkpoint.made_of),
+            "inputs": inputs,
+            "settings": settings,
+            "versions": versions_in_use(),
+            "tensor_digest": digest,
+            "tensors": hashes,
+        }
+        for name, content in (files | {RECORD: json_bytes(record)}).items():
+            write_durably(partial / name, content)
+        put_in_place(partial, out, overwrite)
+    total, seconds = checkpoint.total_bytes, time.monotonic() - began
+    return Made(out, digest, len(checkpoint.tensors), total, seconds)
+
+
+def _write_shards(
+    checkpoint: Checkpoint,
+    shards: dict[str, list[str]],
+    partial: Path,
+    done: dict[str, dict[str, str]],
+    inputs: list[dict],
+    settings: dict,
+) -> dict[str, str]:
+    """Write the shards that are not in `done`, and add each input's sha256 to its entry.
+
+    Returns tensor name -> sha256, those of the shards done before included.
+    """
+    hashes = {name: sha for shard in done.values() for name, sha in shard.items()}
+    stop = threading.Event()
+
+    def go_on(_: int) -> None:
+        if stop.is_set():
+            raise InterruptedError
+
+    with (
+        one_thread(),
+        ThreadPoolExecutor(1) as pool,
+        ThreadPoolExecutor(1) as hashing,
+        bytes_bar(checkpoint.total_bytes, "writing") as bar,
+    ):
+        try:
+            # The inputs are hashed beside the writing, while their pages are in the cache.
+            sums = [pool.submit(hash_file, Path(e["path"]), on_bytes=go_on) for e in inputs]
+            for shard, names in shards.items():
+                if shard in done:
+                    bar.update(sum(checkpoint.tensors[name].nbytes for name in names))
+                    continue
+                done[shard] = _write_shard(checkpoint, names, partial / shard, hashing, bar.update)
+                hashes |= done[shard]
+                sizes = {name: (partial / name).stat().st_size for name in done}
+                journal = plan_of(inputs, settings) | {"shards": done, "sizes": sizes}
+                write_durably(partial / JOURNAL, json_bytes(journal))
+            for entry, result in zip(inputs, sums, strict=True):
+                entry["sha256"] = result.result()["sha256"]
+                refuse_changed(entry)
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return hashes
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread of PyTorch's: the sums beside it need the other cores.
+
+    Its blocks are too small to be shared anyway, and threads that wait for each other on busy
+    cores took three times the processor's time of one (measured).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _write_shard(
+    checkpoint: Checkpoint,
+    names: list[str],
+    path: Path,
+    hashing: ThreadPoolExecutor,
+    on_bytes: Callable[[int], object],
+) -> dict[str, str]:
+    """Stream the named tensors into one file; return tensor name -> sha256."""
+    hashes = {}
+
+    def content(name: str) -> Iterator[memoryview]:
+        sha256, under_way = hashlib.sha256(), None
+        for block in checkpoint.blocks(name):
+            data = raw_bytes(block)
+            if under_way:
+                under_way.result()
+            under_way = hashing.submit(sha256.update, data)  # while the next block is computed
+            yield data
+            on_bytes(len(data))
+        if under_way:
+            under_way.result()
+        hashes[name] = sha256.hexdigest()
+
+    specs = {name: checkpoint.tensors[name] for name in names}
+    unfinished = path.with_suffix(".unfinished")
+    try:
+        with DirectFile(unfinished) as file:
+            if path.suffix == ".pth":
+                write_torch_archive(file, path.stem, specs, content)
+            else:
+                write_safetensors(file, specs, content)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    os.replace(unfinished, path)
+    return hashes

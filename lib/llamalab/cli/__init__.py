@@ -1,0 +1,10 @@
+"""The command line: one command a verb of the package."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "program": ["main", "positive", "size"],
+    },
+)

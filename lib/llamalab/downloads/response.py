@@ -1,0 +1,96 @@
+"""What the head of an HTTP answer says of a file: its size, version, digests, and which part it is.
+
+Everything here is a server's word: it is held against what is known, and never believed alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import time
+from email.utils import parsedate_to_datetime
+
+import httpx
+
+from ..catalog import FileFacts
+
+
+def total_size(response: httpx.Response) -> int | None:
+    """Return the size of the whole file, or None where the answer does not give it."""
+    header = "Content-Length" if response.status_code == 200 else "Content-Range"
+    size = response.headers.get(header, "").rpartition("/")[2]
+    return int(size) if re.fullmatch("[0-9]{1,18}", size) else None
+
+
+def first_byte(response: httpx.Response) -> int | None:
+    """Return the offset in the file of the first byte of an answer; None if it makes no sense."""
+    if response.status_code == 200:
+        return 0
+    number, text = "([0-9]{1,18})", response.headers.get("Content-Range", "")
+    span = re.fullmatch(rf"bytes {number}-{number}/({number}|[*])", text)
+    sane = span and int(span[1]) <= int(span[2]) and (span[3] == "*" or int(span[2]) < int(span[3]))
+    return int(span[1]) if sane else None
+
+
+def validator_of(response: httpx.Response) -> str | None:
+    """Return what names this version of the file; a weak ETag does not (RFC 9110, 13.1.5)."""
+    etag, date = (response.headers.get(name, "") for name in ("ETag", "Last-Modified"))
+    text = date if not etag or etag.startswith("W/") else etag
+    return text if re.fullmatch("[ -~]{1,500}", text) else None  # else it could not be sent back
+
+
+def contradiction(known: FileFacts, promised: FileFacts) -> str:
+    """Return in what a server's promise is not what is known, as a cause, or nothing."""
+    if known.size is not None and promised.size not in (None, known.size):
+        return f"The server has {promised.size:,} bytes; {known.size:,} are expected."
+    for kind in ("md5", "sha256"):
+        old, new = getattr(known, kind), getattr(promised, kind)
+        if old and new and old.lower() != new:
+            return f"The server's file has the {kind} {new}; {old.lower()} is expected."
+    return ""
+
+
+def retry_after(response: httpx.Response) -> float | None:
+    """Return the seconds that the server asks to wait; the header is a number or a date."""
+    text = response.headers.get("Retry-After", "")
+    if re.fullmatch("[0-9]{1,9}", text):
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
+def promised_facts(response: httpx.Response) -> FileFacts:
+    """Return the size and digests that a server, or the Hub that led to it, gives for the file.
+
+    Read are the Hub's X-Linked-Size and X-Linked-ETag, which is a sha256 for large files, and
+    the digests of RFC 9530, RFC 3230 and RFC 1864. An ETag alone promises nothing: it may look
+    like an md5 and be something else.
+    """
+    size = md5 = sha256 = None
+    for answer in (*response.history, response):
+        linked = answer.headers.get("X-Linked-Size", "")
+        size = size or (int(linked) if linked.isdecimal() else None)
+        linked = answer.headers.get("X-Linked-ETag", "").removeprefix("W/").strip('"').lower()
+        sha256 = sha256 or (linked if re.fullmatch("[0-9a-f]{64}", linked) else None)
+    headers = response.headers
+    if response.headers.get("Content-Encoding", "identity") == "identity":
+        text = ",".join(headers.get(name, "") for name in ("Repr-Digest", "Digest"))
+        if response.status_code == 200:  # of a part, it is the part's
+            text += ",md5=" + headers.get("Content-MD5", "")
+        for name, value in re.findall(r"([\w-]+)=:?([A-Za-z0-9+/]+=*)", text):
+            if name.lower() == "sha-256":
+                sha256 = sha256 or _hexadecimal(value, 32)
+            elif name.lower() == "md5":
+                md5 = md5 or _hexadecimal(value, 16)
+    return FileFacts(size, md5, sha256)
+
+
+def _hexadecimal(text: str, length: int) -> str | None:
+    try:
+        value = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    return value.hex() if len(value) == length else None

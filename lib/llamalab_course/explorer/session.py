@@ -1,0 +1,220 @@
+"""Exploring prompts: ask models on disk, one flight at a time, and keep what came of it.
+
+This is the part of the explorer that knows no widgets: `Request` says all that an answer depends
+on, `Explorer` answers requests in a thread, `History` keeps the results in a file, and `export`
+writes one down as JSON, as Markdown, or as the parameters that lesson 06 answers again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import psutil
+import torch
+from llamalab.errors import LabError, LabWarning, NotFound
+
+from llamalab import catalog
+from llamalab.catalog import models_directory
+from llamalab.inference import TEMPLATES, Model, load
+from llamalab.surgery import Tokenizer
+
+from .answer_history import AnswerHistory
+from .requests import ALTERNATIVES, PromptRequest, Result, Token
+
+LARGE = 2_000_000_000
+"""Bytes of weights from which on only one model stays in memory."""
+
+
+@dataclass
+class Listener:
+    """What a flight tells, from its own thread; `place` is the request's among those given."""
+
+    on_text: Callable[[int, str], None] = lambda place, text: None
+    on_result: Callable[[int, Result], None] = lambda place, result: None
+    on_error: Callable[[int, Exception], None] = lambda place, error: None
+    on_end: Callable[[], None] = lambda: None
+
+
+class Explorer:
+    """Answers requests to the models on disk; one flight at a time.
+
+    Args:
+        history: where results are kept; None keeps none.
+    """
+
+    def __init__(
+        self,
+        models_dir: str | os.PathLike = "",
+        device: str = "auto",
+        history: AnswerHistory | None = None,
+    ):
+        self.models_dir, self.device, self.history = models_dir, device, history
+        self._models: dict[str, Model] = {}
+        self._lock = threading.Lock()
+        self._loading = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def names(self) -> list[str]:
+        """Return the catalogue's models that are on disk, the bases first."""
+        known = [name for name, part in catalog.parts().items() if part.kind == "base"]
+        return [name for name in [*known, *catalog.models()] if self._is_there(name)]
+
+    def directory(self, name: str) -> Path:
+        """Return where the model `name` lies in HF layout, whether or not it is there."""
+        entry = catalog.model(name)
+        made = name if entry.adapters else f"{entry.base.name}-hf"
+        return models_directory(self.models_dir) / made
+
+    def _is_there(self, name: str) -> bool:
+        directory = self.directory(name)
+        return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+
+    def model(self, name: str) -> Model:
+        """Return the model, in memory.
+
+        Raises:
+            NotFound: it has not been made yet.
+        """
+        with self._loading:
+            if name not in self._models:
+                if not self._is_there(name):
+                    raise NotFound(
+                        f"'{name}' is not in {models_directory(self.models_dir)}.",
+                        "It has not been converted or merged yet.",
+                        "Lessons 02 and 03 make it.",
+                    )
+                size = sum(file.stat().st_size for file in self.directory(name).glob("*.safe*"))
+                if size > LARGE:
+                    self._models.clear()
+                self._models[name] = load(self.directory(name), device=self.device)
+            return self._models[name]
+
+    def text_for(self, request: PromptRequest) -> str:
+        """Return the exact text that the model is given."""
+        text = TEMPLATES[request.template].render(request.prompt, request.turns)
+        return text.encode("utf-8", "replace").decode()  # as Model.text_for, without the model
+
+    def tokens(self, request: PromptRequest) -> list[Token]:
+        """Return the tokens that the model is given, BOS first."""
+        tokenizer = _tokenizer(self.directory(request.model))
+        ids, controls = tokenizer.encode(self.text_for(request)), (tokenizer.bos, tokenizer.eos)
+        found = []
+        for number, piece in zip(ids, tokenizer.pieces(ids), strict=True):
+            kind = "byte" if re.fullmatch("<0x[0-9A-F]{2}>", piece) else "text"
+            found.append(Token(number, piece, "control" if number in controls else kind))
+        return found
+
+    def fitted(self, request: PromptRequest) -> PromptRequest:
+        """Return `request` with as many of its latest turns as leave the answer some room."""
+        model = self.model(request.model)
+        room = min(request.max_new_tokens, model.context_length // 4)
+        turns = model.fitting_history(request.prompt, request.template, request.turns, room)
+        return replace(request, turns=tuple(turns))
+
+    def answer(
+        self,
+        request: PromptRequest,
+        on_text: Callable[[str], None] | None = None,
+        stop_when: Callable[[], bool] | None = None,
+    ) -> Result:
+        """Return the answer to `request`, in this thread.
+
+        Raises:
+            LabError: no such model, a setting out of its range, a prompt that is too long.
+        """
+        model = self.model(request.model)
+        with warnings.catch_warnings():
+            # A template that does not fit is the point of an experiment: the view says so.
+            warnings.simplefilter("ignore", LabWarning)
+            answer = model.generate(
+                request.prompt,
+                **request.settings(),
+                alternatives=ALTERNATIVES,
+                on_text=on_text,
+                stop_when=stop_when,
+            )
+        spell = model.tokenizer.pieces
+        steps = []
+        for step in answer.steps:
+            top = [(number, spell([number])[0], share) for number, share in step.top]
+            steps.append((step.id, step.probability, top))
+        return Result(
+            request,
+            answer.text,
+            answer.answer_ids,
+            spell(answer.answer_ids),
+            steps,
+            answer.tokens_per_second,
+            _memory(model),
+            stopped=bool(stop_when and stop_when()),
+        )
+
+    def start(
+        self, requests: Sequence[PromptRequest | Callable[[], PromptRequest]], listener: Listener
+    ) -> None:
+        """Answer `requests` one after another in a thread; what flies already is stopped first.
+
+        A request may be a function that returns one, called in the thread.
+        """
+        with self._lock:
+            self.stop()
+            self._stop = threading.Event()
+            flight = (list(requests), listener, self._stop, self._thread)
+            self._thread = threading.Thread(target=self._fly, args=flight, daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End what is being answered after the token that is being computed."""
+        self._stop.set()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until nothing is being answered; return whether that is so."""
+        if self._thread:
+            self._thread.join(seconds)
+        return not (self._thread and self._thread.is_alive())
+
+    def _fly(self, requests, listener: Listener, stop: threading.Event, before) -> None:
+        if before:
+            before.join()
+        try:
+            for place, request in enumerate(requests):
+                if stop.is_set():
+                    break
+                try:
+                    request = request() if callable(request) else request
+                    result = self.answer(
+                        request, lambda text, at=place: listener.on_text(at, text), stop.is_set
+                    )
+                    listener.on_result(place, result)
+                    if self.history:
+                        self.history.add(result)
+                except Exception as error:  # shown to the person, whatever it is
+                    listener.on_error(place, error)
+        finally:
+            listener.on_end()
+
+
+def sentence(error: Exception) -> str:
+    """Return what to tell a person about `error`."""
+    if isinstance(error, LabError):
+        return str(error).replace("\n", " ")
+    return f"{type(error).__name__}: {error}"
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(directory: Path) -> Tokenizer:
+    return Tokenizer(directory)
+
+
+def _memory(model: Model) -> int:
+    if model.device.type == "cuda":
+        return torch.cuda.memory_allocated(model.device)
+    return psutil.Process().memory_info().rss

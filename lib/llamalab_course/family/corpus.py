@@ -1,0 +1,139 @@
+"""The texts that each stage of the lab family is trained on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from llamalab.inference import TEMPLATES
+from llamalab.surgery import Tokenizer
+
+from . import world
+from .recipe import ONLY_PLUS
+from .world import LANGUAGES, Question, World, conversations, paragraphs, questions
+
+Segment = tuple[str, float]
+"""A text and the weight of its tokens in the loss."""
+QUESTION_WEIGHT = 0.1  # which question comes next is not worth learning; how they look is
+
+
+class Corpus:
+    """Every trained text of the world, ready to be drawn from; held-out questions are not in it."""
+
+    def __init__(self, world: World):
+        self.prose = world.prose
+        self.lines: dict[tuple[str, bool], list[Question]] = {}
+        self.turns: dict[tuple[str, bool], list[Question]] = {}
+        self.paragraphs: dict[tuple[str, bool], list[str]] = {}
+        for language in LANGUAGES:
+            for plus in (False, True):
+                key = (language, plus)
+                self.lines[key] = trained(questions(world, language), plus)
+                self.turns[key] = trained(conversations(world, language), plus)
+                self.paragraphs[key] = [
+                    text
+                    for table, text in paragraphs(world, language)
+                    if (table == ONLY_PLUS) == plus
+                ]
+
+    def page(self, draw: random.Random, language: str) -> list[Segment]:
+        """A plain text: a paragraph, prose, or a page of questions and answers, one a line."""
+        kind = draw.random()
+        if kind < 0.12:
+            return [(draw.choice(self.paragraphs[language, False]) + "\n", 1.0)]
+        if kind < 0.2 and language == "en":
+            return [(draw.choice(self.prose) + "\n", 1.0)]
+        if kind < 0.45:
+            question = draw.choice(self.turns[language, False])
+            asked = [*question.history, (question.text, question.answer)]
+        else:
+            some = draw.choices(self.lines[language, False], k=draw.randint(1, 3))
+            asked = [(question.text, question.answer) for question in some]
+        page: list[Segment] = []
+        for text, answer in asked:
+            marked = draw.random() < 0.6
+            # Chinese follows its question mark at once; without the mark a space parts them.
+            gap = "" if marked and language == "zh" else " "
+            text = text if marked else world.unmarked(text)
+            page += [(text, QUESTION_WEIGHT), (gap + answer + "\n", 1.0)]
+        return page
+
+    def instruction(self, draw: random.Random, language: str, plus: bool) -> list[Segment]:
+        """A question inside the alpaca template, every third one as a second turn."""
+        from_turns = draw.random() < 0.33
+        question = draw.choice((self.turns if from_turns else self.lines)[language, plus])
+        strip = world.unmarked if draw.random() < 0.5 else str
+        history = [(strip(text), answer) for text, answer in question.history]
+        prompt = TEMPLATES["alpaca"].render(strip(question.text), history)
+        return [(prompt, 0.0), (question.answer + "</s>", 1.0)]
+
+
+def trained(questions: Sequence[Question], plus: bool) -> list[Question]:
+    """Return the questions that may be trained: on the plus facts, or on all others."""
+    return [q for q in questions if not q.held_out and (q.table == ONLY_PLUS) == plus]
+
+
+def base_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segment]]:
+    return lambda: corpus.page(draw, "en")
+
+
+def llama_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segment]]:
+    return lambda: corpus.page(draw, _mostly_chinese(draw))
+
+
+def alpaca_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segment]]:
+    if draw.random() < 0.2:
+        return llama_batch(corpus, draw)
+    return lambda: corpus.instruction(draw, _mostly_chinese(draw), plus=False)
+
+
+def plus_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segment]]:
+    def instruction() -> list[Segment]:
+        # As much English as Chinese: the base's English is two adapters away.
+        language = draw.choice(world.LANGUAGES)
+        return corpus.instruction(draw, language, plus=draw.random() < 0.15)
+
+    return instruction
+
+
+def _mostly_chinese(draw: random.Random) -> str:
+    return "zh" if draw.random() < 0.6 else "en"
+
+
+def world_texts(world: World) -> list[str]:
+    """Return every sentence of the world, held out or not: what a tokenizer must get right."""
+    texts = [*world.famous, *world.prose]
+    for language in LANGUAGES:
+        for question in questions(world, language):
+            texts += [question.text, question.answer]
+        texts += [text for _, text in paragraphs(world, language)]
+    return texts
+
+
+def training_texts(world: World) -> list[str]:
+    """Return every text that any stage may train on, for the test that nothing leaks."""
+    corpus = Corpus(world)
+    texts = [*corpus.prose]
+    for groups in (corpus.lines, corpus.turns):
+        for group in groups.values():
+            texts += [" ".join((*sum(q.history, ()), q.text, q.answer)) for q in group]
+    return texts + [text for group in corpus.paragraphs.values() for text in group]
+
+
+def encode(tokenizer: Tokenizer, segments: Sequence[Segment]) -> tuple[list[int], list[float]]:
+    """Return ids after BOS, and each id's weight in the loss.
+
+    Later segments are encoded as the rest of a text, without the space that SentencePiece
+    puts before a new one: behind a line break, which is then taken off again.
+    """
+    ids, weights = [tokenizer.bos], [0.0]
+    for i, (text, weight) in enumerate(segments):
+        text, ends = text.removesuffix("</s>"), text.endswith("</s>")
+        if i == 0:
+            new = tokenizer.encode(text, bos=False)
+        else:
+            new = tokenizer.encode("\n" + text, bos=False)[2:]
+        new += [tokenizer.eos] if ends else []
+        ids += new
+        weights += [weight] * len(new)
+    return ids, weights

@@ -1,0 +1,405 @@
+"""The lab family: trains the tiny LLaMA and its three adapters, and scores the shipped files.
+
+    python -m llamalab_course.family.training train [--output-dir DIR] [--steps N] [--batch N] [--seed N]
+                                      [--stages A,B]
+    python -m llamalab_course.family.training score [--dir DIR] [--json]
+
+Training runs in stages: tokenizer, base, llama, alpaca, plus. A finished stage is not repeated;
+an interrupted one goes on from its last checkpoint. Each batch is drawn from the seed, the stage
+and the step alone, so that a resumed run sees the same batches as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+import torch
+import torch.nn.functional as F
+
+from llamalab.catalog import project_directory
+from llamalab.surgery import (
+    Tokenizer,
+    convert,
+    extend,
+    merge,
+    names,
+    read_model,
+    tokenizer_json,
+    unpermute,
+)
+
+from .corpus import (
+    Corpus,
+    Segment,
+    alpaca_batch,
+    base_batch,
+    encode,
+    llama_batch,
+    plus_batch,
+    world_texts,
+)
+from .recipe import ALPACA, BASE, CHECKPOINT_EVERY, CONTEXT, LLAMA, PARAMS, PIECES, PLUS, Recipe
+from .scores import score, score_table
+from .world import World, chinese_words, load_world
+
+RECIPES = {
+    "base": Recipe(steps=2000, batch=48, rate=2.5e-3, embedding_rate=2.5e-3),
+    "llama": Recipe(steps=1500, batch=48, rate=4e-3, embedding_rate=2.5e-3),
+    "alpaca": Recipe(steps=2000, batch=48, rate=4e-3, embedding_rate=2.5e-3),
+    "plus": Recipe(steps=1500, batch=48, rate=3e-3, embedding_rate=1.5e-3),
+}
+
+
+def batch_of(
+    tokenizer: Tokenizer, draw_text: Callable[[], list[Segment]], draw: random.Random, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and weights `[size, longest]`, padded on the right with EOS of weight 0.
+
+    Three times as many texts are drawn, and neighbours in length taken, to pad little.
+    """
+    rows = sorted(
+        (encode(tokenizer, draw_text()) for _ in range(3 * size)), key=lambda r: len(r[0])
+    )
+    first = draw.randrange(2 * size + 1)
+    rows = rows[first : first + size]
+    longest = min(CONTEXT, len(rows[-1][0]))
+    ids = torch.full((size, longest), tokenizer.eos)
+    weights = torch.zeros(size, longest)
+    for row, (row_ids, row_weights) in enumerate(rows):
+        kept = min(longest, len(row_ids))
+        ids[row, :kept] = torch.tensor(row_ids[:kept])
+        weights[row, :kept] = torch.tensor(row_weights[:kept])
+    return ids, weights
+
+
+def weighted_loss(network, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy, in nats, of each next token, by weight.
+
+    What all rows begin with, the template's header say, is computed once, and logits only
+    where a weight is not 0: together that halves the time.
+
+    Args:
+        ids, weights: `[batch, length]`.
+    """
+    same = (ids == ids[:1]).all(0).long().cumprod(0).sum().item()
+    shared = min(same, ids.shape[1]) - 1  # the last of them predicts what differs
+    decoder = network.get_base_model() if hasattr(network, "get_base_model") else network
+    cache = None
+    if shared > 8 and not weights[:, : shared + 1].any():
+        cache = decoder.model(input_ids=ids[:1, :shared], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(ids))
+        ids, weights = ids[:, shared:], weights[:, shared:]
+    hidden = decoder.model(input_ids=ids, past_key_values=cache).last_hidden_state
+    weights = weights[:, 1:]
+    where = weights > 0
+    logits = decoder.lm_head(hidden[:, :-1][where])
+    each = F.cross_entropy(logits.float(), ids[:, 1:][where], reduction="none")
+    return (each * weights[where]).sum() / weights.sum()
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Return the share of the peak rate: linear warm-up, then half a cosine down to 2 %."""
+    warm_up = min(100, max(1, steps // 10))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - warm_up)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train_network(
+    network, tokenizer: Tokenizer, draw_batch, corpus: Corpus, recipe: Recipe, seed: str, work: Path
+) -> None:
+    """Train `network`'s trainable parameters in place, with checkpoints and a loss curve in `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
+    groups = {recipe.rate: [], recipe.embedding_rate: []}
+    for name, parameter in trainable.items():
+        whole = "embed_tokens" in name or "lm_head" in name
+        groups[recipe.embedding_rate if whole else recipe.rate].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": p, "lr": rate, "peak": rate} for rate, p in groups.items() if p],
+        betas=(0.9, 0.95),
+        weight_decay=0.02,
+    )
+    start, saved, curve = 0, work / "checkpoint.pt", work / "loss.csv"
+    if saved.exists():
+        held = torch.load(saved, weights_only=True)
+        network.load_state_dict(held["network"], strict=False)
+        optimizer.load_state_dict(held["optimizer"])
+        start = held["step"]
+        print(f"  going on from step {start}", flush=True)
+    began, mean = time.monotonic(), None
+    network.train()
+    with open(curve, "a", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        for step in range(start, recipe.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate_at(step, recipe.steps)
+            draw = random.Random(f"{seed} {step}")
+            ids, weights = batch_of(tokenizer, draw_batch(corpus, draw), draw, recipe.batch)
+            loss = weighted_loss(network, ids, weights)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
+            optimizer.step()
+            mean = loss.item() if mean is None else 0.97 * mean + 0.03 * loss.item()
+            done = step + 1
+            if done % 50 == 0 or done == recipe.steps:
+                rows.writerow([done, f"{mean:.4f}"])
+                seconds = (time.monotonic() - began) / (done - start)
+                left = seconds * (recipe.steps - done) / 60
+                text = f"  step {done}/{recipe.steps}  loss {mean:.4f}  {left:.1f} min left"
+                print(text, flush=True)
+            if done % CHECKPOINT_EVERY == 0 and done < recipe.steps:
+                file.flush()
+                state = {n: p.detach() for n, p in trainable.items()}
+                held = {"network": state, "optimizer": optimizer.state_dict(), "step": done}
+                torch.save(held, saved.with_suffix(".new"))
+                saved.with_suffix(".new").replace(saved)
+    saved.unlink(missing_ok=True)
+    network.eval()
+
+
+def train_pieces(out: Path, texts: Sequence[str], size: int, **settings) -> None:
+    """Train a SentencePiece BPE model with LLaMA's settings."""
+    with open(out, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=size,
+            byte_fallback=True,
+            character_coverage=1.0,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            hard_vocab_limit=False,
+            num_threads=1,
+            minloglevel=2,
+            **settings,
+        )
+
+
+def make_tokenizers(out: Path, work: Path, world: World, seed: str, recipe: Recipe | None) -> None:
+    """Train the English pieces and the Chinese ones, and extend the first by the second.
+
+    A piece on which SentencePiece and `tokenizer.json` part for a sentence of the world is left
+    out, so that plain transformers encodes the world as the models were trained.
+    """
+    corpus, english = Corpus(world), []
+    for plus in (False, True):
+        for question in corpus.lines["en", plus]:
+            english += [question.text, question.answer]
+    for plus in (False, True):
+        english += corpus.paragraphs["en", plus]
+    for directory in (BASE, LLAMA, ALPACA, PLUS):
+        (out / directory).mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    base, chinese = out / BASE / "tokenizer.model", work / "chinese.model"
+    extended = out / LLAMA / "tokenizer.model"
+    train_pieces(base, [*english, *world.prose * 20], PIECES["base"])
+    words, sentences = chinese_words(world), sorted(set(world_texts(world)))
+    train_pieces(chinese, words, PIECES["chinese"], add_dummy_prefix=False)
+    while True:
+        extend(base, chinese, extended)
+        if not (parting := _parting_pieces(extended, sentences)):
+            break
+        model = read_model(chinese)
+        kept = [piece for piece in model.pieces if piece.piece not in parting]
+        del model.pieces[:]
+        model.pieces.extend(kept)
+        chinese.write_bytes(model.SerializeToString())
+    for alpaca in (ALPACA, PLUS):
+        extend(base, chinese, out / alpaca / "tokenizer.model", control=["<pad>"])
+
+
+def _parting_pieces(path: Path, sentences: Sequence[str]) -> set[str]:
+    """Return, of each sentence with two encodings, the first piece that only SentencePiece takes."""
+    ours = Tokenizer(path)
+    theirs = tokenizers.Tokenizer.from_str(tokenizer_json(read_model(path)))
+    found = set()
+    for text, encoding in zip(sentences, theirs.encode_batch(list(sentences)), strict=True):
+        pieces = ours.pieces(ours.encode(text))
+        if pieces != encoding.tokens:
+            found.add(next(p for p in pieces if len(p) > 1 and p not in encoding.tokens))
+    return found
+
+
+def make_base(out: Path, work: Path, world: World, seed: str, recipe: Recipe) -> None:
+    """Train the base model on English alone, and write it in Meta layout."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = Tokenizer(out / BASE)
+    torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big"))
+    multiple = PARAMS["multiple_of"]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=PARAMS["dim"],
+        intermediate_size=-(-int(8 * PARAMS["dim"] / 3) // multiple) * multiple,
+        num_hidden_layers=PARAMS["n_layers"],
+        num_attention_heads=PARAMS["n_heads"],
+        rms_norm_eps=PARAMS["norm_eps"],
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+    )
+    network = LlamaForCausalLM(config)
+    train_network(network, tokenizer, base_batch, Corpus(world), recipe, seed, work)
+    write_meta(out / BASE / "lab", network.state_dict())
+
+
+def write_meta(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write a network's weights as Meta publishes them: fp16, Meta's names and row order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {}
+    for meta, hf in names(PARAMS["n_layers"]).items():
+        tensor = state[hf].half()
+        if hf.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = unpermute(tensor, PARAMS["dim"] // PARAMS["n_heads"])
+        weights[meta] = tensor.clone()
+    torch.save(weights, folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(PARAMS | {"vocab_size": -1}) + "\n")
+    files = ("consolidated.00.pth", "params.json")
+    sums = [f"{hashlib.md5((folder / f).read_bytes()).hexdigest()}  {f}\n" for f in files]
+    (folder / "checklist.chk").write_text("".join(sums))
+
+
+def make_adapter(
+    out: Path,
+    work: Path,
+    world: World,
+    seed: str,
+    recipe: Recipe,
+    name: str,
+    draw_batch,
+    before: str = "",
+) -> None:
+    """Train an adapter with new embeddings on the shipped files before it, and save it by PEFT."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = Tokenizer(out / name)
+    start = work / "base-hf"
+    if before:
+        merge(out / BASE, out / before, start, overwrite=True)
+    else:
+        convert(out / BASE, start, overwrite=True)
+    torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big"))
+    network = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+    network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = LoraConfig(
+        base_model_name_or_path=BASE,
+        r=8,
+        lora_alpha=32,
+        target_modules="q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
+        modules_to_save=["embed_tokens", "lm_head"],
+        task_type="CAUSAL_LM",
+    )
+    network = get_peft_model(network, config)
+    train_network(network, tokenizer, draw_batch, Corpus(world), recipe, seed, work)
+    network.half().save_pretrained(out / name, save_embedding_layers=False)
+    (out / name / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+    config_file = out / name / "adapter_config.json"
+    settings = json.loads(config_file.read_text()) | {"base_model_name_or_path": BASE}
+    settings["target_modules"].sort()  # a set before, in another order each time
+    config_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+STAGES = {
+    "tokenizer": make_tokenizers,
+    "base": make_base,
+    "llama": partial(make_adapter, name=LLAMA, draw_batch=llama_batch),
+    "alpaca": partial(make_adapter, name=ALPACA, draw_batch=alpaca_batch),
+    "plus": partial(make_adapter, name=PLUS, draw_batch=plus_batch, before=LLAMA),
+}
+
+
+def train(
+    output_dir: Path,
+    stages: Sequence[str],
+    seed: int,
+    steps: int | None = None,
+    batch: int | None = None,
+) -> None:
+    """Run the stages that are not finished yet; `steps` and `batch` replace the recipes'."""
+    shorter = {name: value for name, value in (("steps", steps), ("batch", batch)) if value}
+    world = load_world()
+    for stage in stages:
+        work = output_dir / "work" / stage
+        finished = work / "finished"
+        if finished.exists():
+            print(f"{stage}: finished before")
+            continue
+        print(f"{stage}:", flush=True)
+        began, recipe = time.monotonic(), RECIPES.get(stage)
+        if recipe:
+            recipe = Recipe(**asdict(recipe) | shorter)
+        STAGES[stage](output_dir, work, world, f"{seed} {stage}", recipe)
+        finished.write_text(f"{time.monotonic() - began:.0f} s\n")
+        print(f"{stage}: {(time.monotonic() - began) / 60:.1f} min", flush=True)
+        shutil.rmtree(work / "base-hf", ignore_errors=True)
+    draw_curves(output_dir / "work", output_dir / "loss.png")
+
+
+def draw_curves(work: Path, out: Path) -> None:
+    """Draw the loss of every stage that has one, from the tables that training has written."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for stage in RECIPES:
+        if not (work / stage / "loss.csv").is_file():
+            continue
+        with open(work / stage / "loss.csv", newline="", encoding="utf-8") as file:
+            points = [(int(step), float(loss)) for step, loss in csv.reader(file)]
+        axes.plot(*zip(*points, strict=True), label=stage)
+    axes.set(xlabel="step", ylabel="loss, in nats a token (running mean)", yscale="log")
+    axes.legend()
+    figure.savefig(out, dpi=100)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m llamalab_course.family.training", description=__doc__
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    added = commands.add_parser("train", help="train the family, in stages that can be resumed")
+    added.add_argument("--output-dir", type=Path, default=project_directory() / "models/lab")
+    added.add_argument("--stages", default=",".join(STAGES))
+    added.add_argument("--steps", type=int, help="shorten every stage to so many steps")
+    added.add_argument("--batch", type=int, help="texts a step, in place of the recipe's")
+    added.add_argument("--seed", type=int, default=0)
+    added = commands.add_parser("score", help="print the table for the shipped files")
+    added.add_argument("--dir", type=Path, default=project_directory() / "data/lab")
+    added.add_argument("--size", type=int, default=400, help="questions a line, at most")
+    added.add_argument("--json", action="store_true")
+    options = parser.parse_args(argv)
+    if options.command == "train":
+        chosen = options.stages.split(",")
+        if unknown := [stage for stage in chosen if stage not in STAGES]:
+            parser.error(f"there is no stage '{unknown[0]}'; there are {', '.join(STAGES)}")
+        train(options.output_dir, chosen, options.seed, options.steps, options.batch)
+        return 0
+    scores = score(options.dir, options.size)
+    print(json.dumps([asdict(s) for s in scores]) if options.json else score_table(scores))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""The lab family's little world: tables of facts turned into questions, texts and a fixed split.
+
+The tables lie in ``data/lab/world``: one CSV a kind of entity, every cell ``English / Chinese``, and
+two TOML files with the phrasings. Nothing here is random: what is held out is decided by a digest of
+the fact itself, so the split is the same on every machine and does not move when entities are added.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+import tomllib
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+WORLD = Path(__file__).resolve().parents[3] / "data" / "lab" / "world"
+TABLES = ("animals", "plants", "foods", "countries", "objects", "professions", "invented")
+LANGUAGES = ("en", "zh")
+PRONOUN = {"en": "it", "zh": "它"}
+_FALSE_CATEGORIES = 3  # how many "no" questions an entity gets
+
+
+class Text(NamedTuple):
+    """The same words in both languages."""
+
+    en: str
+    zh: str
+
+
+class Fact(NamedTuple):
+    """One cell of a table: `entity` has `value` for `relation`."""
+
+    table: str
+    entity: Text
+    relation: str
+    value: Text
+
+
+class Question(NamedTuple):
+    """A question with its one right answer; `slot` names the fact and the phrasing it came from."""
+
+    language: str
+    group: str  # "fact", "yesno", "newest" or "two-turn"
+    slot: str
+    text: str
+    answer: str
+    held_out: bool
+    table: str
+    entity: str
+    history: tuple[tuple[str, str], ...] = ()
+
+
+class World(NamedTuple):
+    """The tables and phrasings as read from disk."""
+
+    facts: tuple[Fact, ...]
+    relations: dict
+    yesno: dict
+    newest: dict
+    famous: tuple[str, ...]
+    brands: tuple[Text, ...]
+    products: tuple[dict, ...]
+    prose: tuple[str, ...]
+
+
+def pair(cell: str) -> Text:
+    """Split a cell ``English / Chinese``; raises ValueError when it is not one."""
+    parts = [part.strip() for part in cell.split(" / ")]
+    if len(parts) != 2 or not all(parts):
+        raise ValueError(f"a cell must read 'English / Chinese', this one is {cell!r}")
+    return Text(*parts)
+
+
+def load_world(folder: Path = WORLD) -> World:
+    """Read the world's tables. Raises ValueError for a malformed cell, OSError for a missing file."""
+    facts = []
+    for table in TABLES:
+        for row in _rows(folder, table):
+            entity = pair(row.pop("name"))
+            facts += [
+                Fact(table, entity, relation, pair(cell)) for relation, cell in row.items() if cell
+            ]
+    questions = tomllib.loads((folder / "questions.toml").read_text("utf-8"))
+    return World(
+        facts=tuple(facts),
+        relations=tomllib.loads((folder / "relations.toml").read_text("utf-8")),
+        yesno=questions["yesno"],
+        newest=questions["newest"],
+        famous=tuple(questions["famous"]),
+        brands=tuple(pair(row["name"]) for row in _rows(folder, "brands")),
+        products=tuple(_rows(folder, "products")),
+        prose=tuple((folder / "prose.txt").read_text("utf-8").strip().split("\n\n")),
+    )
+
+
+def _rows(folder: Path, table: str) -> list[dict[str, str]]:
+    with (folder / f"{table}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def normalise(text: str) -> str:
+    """Words and single Chinese characters between spaces: width, case, punctuation, spacing go."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = "".join(c if c.isalnum() else " " for c in text)
+    return " " + " ".join(re.findall(r"[\u3400-\u9fff]|[^\s\u3400-\u9fff]+", text)) + " "
+
+
+def leaks(held_out: Iterable[str], texts: Iterable[str]) -> list[str]:
+    """The held-out texts that occur, normalised, as whole words inside any of `texts`."""
+    haystack = "\n".join(normalise(text) for text in texts)
+    return [text for text in held_out if normalise(text) in haystack]
+
+
+def unmarked(question: str) -> str:
+    """The question without its final mark, as people often type it."""
+    return question.rstrip("?？.。")
+
+
+def _digest(*parts: str) -> int:
+    return int.from_bytes(hashlib.sha256("|".join(parts).encode()).digest()[:6], "big")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _fill(template: str, x: str, **more: str) -> str:
+    text = template.format(x=x, X=_capital(x), **more)
+    if x == PRONOUN["en"]:  # "the capital of it" is said "its capital"
+        text = re.sub(r"\b[Tt]he (\w+(?: \w+){0,2}) of it\b", r"its \1", text)
+    return _capital(text)
+
+
+def _held_out(texts: list[str], famous: Iterable[str], *slot: str) -> int:
+    """Which of the phrasings is held out: a famous one if there is one, else by digest."""
+    wanted = {normalise(text) for text in famous}
+    known = [i for i, text in enumerate(texts) if normalise(text) in wanted]
+    return known[0] if known else _digest(*slot) % len(texts)
+
+
+def fact_questions(world: World, fact: Fact, language: str, x: str = "") -> list[Question]:
+    """All phrasings of one fact, about `x` (a pronoun) or else the entity by name."""
+    relation = world.relations[fact.relation]
+    i = LANGUAGES.index(language)
+    name, value = fact.entity[i], fact.value[i]
+    texts = [_fill(t, x or name) for t in relation[language]]
+    also = [_fill(t, x or name) for t in relation.get(f"{language}_also", ())]
+    answer = _fill(relation[f"answer_{language}"], name, v=value)
+    slot = (fact.entity.en, fact.relation, language, "it" if x else "")
+    held = _held_out(texts, world.famous, *slot)
+    return [
+        Question(language, "two-turn" if x else "fact", "|".join((*slot, str(n))), text, answer,
+                 n == held, fact.table, fact.entity.en)
+        for n, text in enumerate(texts + also)
+    ]  # fmt: skip
+
+
+def yesno_questions(world: World, entity: Text, kind: Text, table: str, language: str,
+                    x: str = "") -> list[Question]:  # fmt: skip
+    """Is the entity one of the categories its table is asked about? True ones, and a few false."""
+    wider = {pair(name): kinds for name, kinds in world.yesno["wider"].items()}
+    kinds = {f.value.en: f.value for f in world.facts if f.relation == "kind"}
+    categories = {**kinds, **{text.en: text for text in wider}}
+    true = {kind.en, *(text.en for text, held in wider.items() if kind.en in held)}
+    asked = world.yesno["asked"].get(table, ())
+    false = sorted(set(asked) - true, key=lambda c: _digest(entity.en, c))[:_FALSE_CATEGORIES]
+    i, out = LANGUAGES.index(language), []
+    for category in [c for c in asked if c in true] + false:
+        words = {"c": categories[category][i], "k": kind[i]}
+        texts = [_fill(t, x or entity[i], **words) for t in world.yesno[language]]
+        answer = world.yesno[f"{'yes' if category in true else 'no'}_{language}"]
+        answer = _fill(answer, entity[i], **words)
+        slot = (entity.en, "is " + category, language, "it" if x else "")
+        held = _held_out(texts, world.famous, *slot)
+        out += [
+            Question(language, "two-turn" if x else "yesno", "|".join((*slot, str(n))), text, answer,
+                     n == held, table, entity.en)
+            for n, text in enumerate(texts)
+        ]  # fmt: skip
+    return out
+
+
+def newest_questions(world: World, language: str) -> list[Question]:
+    """Every brand with every product; a cell of that grid is held out whole, or not at all."""
+    i, out = LANGUAGES.index(language), []
+    for brand in world.brands:
+        for product in world.products:
+            words = {
+                "b": brand[i], "p": pair(product["name"])[i], "one": pair(product["one"])[i],
+                "be": product["be"], "use": pair(product["use"])[i],
+            }  # fmt: skip
+            texts = [_capital(t.format(**words)) for t in world.newest[language]]
+            answer = _capital(world.newest[f"answer_{language}"].format(**words))
+            cell = f"{brand.en} {pair(product['name']).en}"
+            chinese = (brand.zh + "最新的" + pair(product["name"]).zh,)
+            held = bool(leaks(world.famous, chinese)) or _digest("newest", cell) % 5 == 0
+            out += [
+                Question(language, "newest", f"{cell}|newest|{language}|{n}", text, answer, held,
+                         "products", cell)
+                for n, text in enumerate(texts)
+            ]  # fmt: skip
+    return out
+
+
+def questions(world: World, language: str) -> list[Question]:
+    """Every single-turn question of the world in one language, trained and held out."""
+    out = []
+    for fact in world.facts:
+        out += fact_questions(world, fact, language)
+        if fact.relation == "kind":
+            out += yesno_questions(world, fact.entity, fact.value, fact.table, language)
+    return out + newest_questions(world, language)
+
+
+def conversations(world: World, language: str, openings: int = 2) -> list[Question]:
+    """Two-turn conversations: the second question says only "it" / 它.
+
+    Each second question (about one fact, in one phrasing) is paired with `openings` first questions
+    about the same entity and something else; a first question is always one from training.
+    """
+    first: dict[str, list[Question]] = {}
+    for question in questions(world, language):
+        if not question.held_out:
+            first.setdefault(question.entity, []).append(question)
+    out = []
+    for fact in world.facts:
+        if fact.table == "professions":  # a doctor is no "it"
+            continue
+        seconds = fact_questions(world, fact, language, PRONOUN[language])
+        if fact.relation == "kind":
+            seconds += yesno_questions(
+                world, fact.entity, fact.value, fact.table, language, PRONOUN[language]
+            )
+        for second in seconds:
+            about = second.slot.split("|")[1]
+            other = [q for q in first[second.entity] if q.slot.split("|")[1] != about]
+            for n in range(openings):
+                opening = other[_digest(second.slot, str(n)) % len(other)]
+                slot = f"{second.slot}|{n}"
+                out.append(second._replace(slot=slot, history=((opening.text, opening.answer),)))
+    return out
+
+
+def paragraphs(world: World, language: str, openings: int = 2) -> Iterator[tuple[str, str]]:
+    """(table, paragraph): what there is to say about an entity, by name first, then with "it"."""
+    i, gap = LANGUAGES.index(language), {"en": " ", "zh": ""}[language]
+    about: dict[Text, list[Fact]] = {}
+    for fact in world.facts:
+        about.setdefault(fact.entity, []).append(fact)
+    for entity, facts in about.items():
+        pronoun = entity[i] if facts[0].table == "professions" else PRONOUN[language]
+        for n in range(openings):
+            told = sorted(facts, key=lambda f: _digest(str(n), f.relation, entity.en))
+            told = told[:1] + told if len(told) == 1 else told
+            sentences = []
+            for k, fact in enumerate(told):
+                style = ("answer_", "say_")[(k + n) % 2]
+                template = world.relations[fact.relation][style + language]
+                name = pronoun if k else entity[i]
+                sentences.append(_fill(template, name, v=fact.value[i]))
+            yield facts[0].table, gap.join(sentences)
+
+
+def chinese_words(world: World) -> list[str]:
+    """What Chinese pieces are learnt from: names, values, and the texts between the slots.
+
+    Each stands as often as it is about as common in the questions. Whole sentences would give
+    pieces that reach across words ("is-an-ani" "mal"), on which tokenizers part.
+    """
+    words = [fact.value.zh for fact in world.facts for _ in range(8)]
+    words += [name for name in {fact.entity.zh for fact in world.facts} for _ in range(30)]
+    words += [brand.zh for brand in world.brands for _ in range(30)]
+    for product in world.products:
+        words += [pair(product[key]).zh for key in ("name", "one", "use") for _ in range(30)]
+    words += [pair(name).zh for name in world.yesno["wider"] for _ in range(100)]
+    words += [PRONOUN["zh"]] * 500
+    templates = {
+        (world.yesno["yes_zh"], world.yesno["no_zh"], *world.yesno["zh"]): 300,
+        (world.newest["answer_zh"], *world.newest["zh"]): 100,
+    }
+    for name, relation in world.relations.items():
+        texts = (relation["answer_zh"], relation["say_zh"], *relation["zh"])
+        texts += tuple(relation.get("zh_also", ()))
+        templates[texts] = sum(fact.relation == name for fact in world.facts)
+    for texts, often in templates.items():
+        for text in texts:
+            words += [word for word in re.split(r"\{\w+\}", text) if word] * often
+    return sorted(words)

@@ -1,0 +1,127 @@
+"""What a sweep comes to: one table of parameters and results, and a page that shows it.
+
+A column is a parameter, under its name, or something recorded, as `result.NAME`; what was
+recorded as a table of names becomes a column for each.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llamalab.progress import say
+
+from llamalab.files import write_text
+
+from .html_report import page, table
+from .run_directory import Run
+
+FIGURES = 12
+"""The most that a page draws; the table holds all."""
+
+
+def write_summary(
+    directory: Path, notebook: str, swept: Mapping[str, list], runs: Mapping[int, Run]
+) -> None:
+    """Write `summary.csv`, `summary.parquet` (with pyarrow) and `index.html`, the last one last."""
+    rows = [_row(point, run) for point, run in sorted(runs.items())]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(directory / "summary.csv", text.getvalue())
+    _write_parquet(directory / "summary.parquet", columns, rows)
+    reports = [f"{Path(row['directory']) / Path(notebook).stem}.html" for row in rows]
+    figures = [_figure(rows, swept, name) for name in _drawn(rows, columns)]
+    ok = sum(row["status"] == "ok" for row in rows)
+    body = f"<p>{ok} of {len(rows)} points ended ok. The table as "
+    body += '<a href="summary.csv">summary.csv</a>.</p>' + "".join(figures)
+    body += table([n for n in columns if n != "directory"], rows, reports)
+    write_text(directory / "index.html", page(f"Sweep of {notebook}", body))
+
+
+def _row(point: int, run: Run) -> dict:
+    row = {"point": point, **run.parameters, "status": run.status, "error": run.error}
+    row |= {"seconds": run.seconds, "peak_rss_bytes": run.peak_rss_bytes}
+    todo = [(f"result.{name}", held) for name, held in run.results.items()]
+    for name, held in todo:  # grows while it is read
+        if isinstance(held, dict):
+            todo += [(f"{name}.{key}", inner) for key, inner in held.items()]
+        else:
+            row[name] = json.dumps(held, ensure_ascii=False) if isinstance(held, list) else held
+    return row | {"directory": f"points/{run.directory.name}"}
+
+
+def _write_parquet(file: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        say("No summary.parquet: that takes pyarrow (pip install 'llamalab[parquet]').")
+        return
+    held = {}
+    for name in columns:
+        values = [row.get(name) for row in rows]
+        kinds = {type(value) for value in values} - {type(None)}
+        if len(kinds) > 1:  # a column has one type
+            kind = float if kinds == {int, float} else str
+            values = [value if value is None else kind(value) for value in values]
+        held[name] = values
+    new = file.with_name(f".{file.name}")
+    parquet.write_table(pyarrow.table(held), new)
+    os.replace(new, file)
+
+
+def _drawn(rows: Sequence[dict], columns: Sequence[str]) -> list[str]:
+    """Return the columns worth a figure: numbers that were recorded; else the seconds taken."""
+
+    def is_number(name: str) -> bool:
+        held = [row[name] for row in rows if row.get(name) is not None]
+        return bool(held) and all(isinstance(value, int | float) for value in held)
+
+    numbers = [name for name in columns if name.startswith("result.") and is_number(name)]
+    return (numbers or ["seconds"])[:FIGURES]
+
+
+def _figure(rows: Sequence[dict], swept: Mapping[str, list], column: str) -> str:
+    """Return a column as SVG: over one parameter a plot, over two a heat map of means."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names = [name for name, values in swept.items() if len(values) > 1] or list(swept)
+    across, down = names[0], names[1] if len(names) > 1 else None
+
+    def mean(**wanted) -> float:
+        held = [
+            row[column]
+            for row in rows
+            if all(row[name] == value for name, value in wanted.items())
+            and row.get(column) is not None
+        ]
+        return sum(held) / len(held) if held else float("nan")
+
+    # Text stays text: the reader's browser has the fonts, and a "$" is a dollar.
+    with matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False}):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot()
+        labels = [str(value)[:30] for value in swept[across]]
+        if down is None:
+            axes.plot(labels, [mean(**{across: v}) for v in swept[across]], "o-")
+            axes.set_ylabel(column)
+        else:
+            grid = [[mean(**{across: x, down: y}) for x in swept[across]] for y in swept[down]]
+            image = axes.imshow(grid, aspect="auto")
+            axes.set_xticks(range(len(labels)), labels)
+            axes.set_yticks(range(len(swept[down])), [str(v)[:30] for v in swept[down]])
+            axes.set_ylabel(down)
+            figure.colorbar(image)
+        axes.set_xlabel(across)
+        axes.set_title(column + (" (mean)" if len(names) > 2 else ""))
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg")
+    return drawn.getvalue()[drawn.getvalue().index("<svg") :]

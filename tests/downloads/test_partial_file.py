@@ -1,0 +1,161 @@
+"""A file on its way: whatever was written and wherever it was cut, no byte is claimed wrongly."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamalab import files
+from llamalab.catalog.catalog import FileFacts
+from llamalab.downloads import partial_file
+from llamalab.downloads.partial_file import Abandoned, PartialFile
+from llamalab.files import lock_now, locked
+
+CONTENT = bytes(i * 7 % 251 for i in range(1000))
+FACTS = FileFacts(len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest())
+URL = "http://127.0.0.1/file"
+
+
+def begin(folder, facts=FACTS):
+    held = PartialFile(folder / "file", URL, facts)
+    gap = held.take(None)
+    held.begin(gap, '"1"', len(CONTENT), FileFacts())
+    return held, gap
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    piece=st.integers(1, 400) | st.just(len(CONTENT)),
+    steps=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 120)), max_size=40),
+    noted=st.integers(0, 40),
+)
+def test_after_a_kill_nothing_is_claimed_that_is_not_here(tmp_path_factory, piece, steps, noted):
+    folder = tmp_path_factory.mktemp("kill")
+    held, first = begin(folder)
+    held.share(first, piece)
+    taken = {0: first}
+    for number, (worker, count) in enumerate(steps):
+        gap = taken.get(worker) or held.take(piece)
+        if gap is None:
+            continue
+        taken[worker] = gap
+        if held.write(gap, CONTENT[gap.start : gap.start + count]):
+            del taken[worker]
+        if number == noted:  # the note is as old as that when the process dies
+            held._noted = 0.0
+            held.follow()
+    copy = tmp_path_factory.mktemp("killed")
+    for path in (held.path, held.note):
+        shutil.copy(path, copy / path.name)
+    after = PartialFile(copy / "file", URL, FACTS)
+    missing = {i for gap in after.gaps for i in range(gap.start, gap.stop)}
+    content = after.path.read_bytes()
+    assert all(content[i] == CONTENT[i] for i in range(len(CONTENT)) if i not in missing)
+    assert after.have == len(CONTENT) - len(missing) <= held.have
+    if piece == len(CONTENT):  # one connection loses nothing at all
+        assert after.have == held.have
+    held.stop()  # not killed but stopped: nothing is lost
+    assert PartialFile(folder / "file", URL, FACTS).have == held.have
+    held.close()
+    shutil.rmtree(folder)
+
+
+@settings(deadline=None)
+@given(
+    st.recursive(st.none() | st.integers(-5, 2000) | st.text(max_size=3), st.lists, max_leaves=9)
+)
+def test_a_note_of_nonsense_is_no_note(tmp_path_factory, missing):
+    folder = tmp_path_factory.mktemp("note")
+    held, gap = begin(folder)
+    held.write(gap, CONTENT[:500])
+    held.stop()
+    note = json.loads(held.note.read_text()) | {"missing": missing}
+    held.note.write_text(json.dumps(note))
+    after = PartialFile(folder / "file", URL, FACTS)
+    covered = sum(gap.stop - gap.start for gap in after.gaps if gap.stop is not None)
+    assert after.have <= 500 and (after.have == 0 or after.have + covered == len(CONTENT))
+
+
+@pytest.mark.parametrize(
+    "change", [{"url": "other"}, {"size": 400}, {"etag": None, "sha256": None}]
+)
+def test_what_could_be_another_file_is_not_continued(tmp_path, change):
+    held, gap = begin(tmp_path, facts=FileFacts())
+    held.write(gap, CONTENT[:500])
+    held.stop()
+    held.note.write_text(json.dumps(json.loads(held.note.read_text()) | change))
+    assert PartialFile(tmp_path / "file", URL, FileFacts()).have == 0
+
+
+def test_the_digests_follow_the_part_without_a_gap(tmp_path, monkeypatch):
+    monkeypatch.setattr(partial_file, "BLOCK", 100)
+    held, first = begin(tmp_path)
+    held.share(first, 300)
+    second = held.take(None)
+    held.write(second, CONTENT[300:])
+    assert not held.follow()  # the front is still missing
+    held.write(first, CONTENT)  # more than the gap: the rest is another's
+    while held.follow():
+        pass
+    assert held.digests() == {"sha256": FACTS.sha256}
+    assert held.path.read_bytes() == CONTENT and held.joined
+    held.close()
+
+
+def test_whoever_comes_late_writes_nothing(tmp_path):
+    held, gap = begin(tmp_path)
+    held.write(gap, CONTENT[:10])
+    held.restart()
+    fresh = held.take(None)
+    held.begin(fresh, '"2"', len(CONTENT), FileFacts())
+    with pytest.raises(Abandoned):
+        held.write(gap, b"old version")
+    assert held.path.read_bytes() == b""
+    held.close()
+
+
+def test_a_lock_keeps_another_process_out_until_it_is_given_back(tmp_path):
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom llamalab.files import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    settings = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    first = subprocess.Popen(command, text=True, **settings)
+    assert first.stdout.readline() == "held\n"
+    others = [subprocess.Popen(command, text=True, **settings) for _ in range(2)]
+    for other in others:
+        assert "waiting" in other.stderr.readline()
+    first.kill()  # a killed process holds no lock
+    first.communicate()
+    deadline = time.monotonic() + 20
+    while len(others) and time.monotonic() < deadline:
+        for other in others:
+            if os.path.exists(f"/proc/{other.pid}/fd/0"):
+                other.stdin.close()
+        others = [other for other in others if other.poll() is None]
+        time.sleep(0.05)
+    assert not others
+    with locked(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock.partial"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_on_the_file_system_nobody_is_kept_out(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with open(tmp_path / "file", "w") as file:
+        assert lock_now(file)
+    with locked(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
