@@ -182,13 +182,13 @@ def test_a_link_to_another_disk_is_followed(family, tmp_path):
 SLOW = """
 import sys, time
 import llamalab
-from llamalab import checkpoint
-read = checkpoint.TensorFile.read
+from llamalab.checkpoints.tensor_file import TensorFile
+read = TensorFile.read
 def slowly(self, *arguments):
     time.sleep(0.02)
     print("read", flush=True)
     return read(self, *arguments)
-checkpoint.TensorFile.read = slowly
+TensorFile.read = slowly
 llamalab.merge(*sys.argv[1:4], max_shard_size="40KB")
 """
 
