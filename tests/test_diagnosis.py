@@ -21,6 +21,7 @@ from llamalab.checkpoints.layouts import HFCheckpoint
 from llamalab.diagnosis import FINDINGS, PAGES, answer_loss, diagnose
 from llamalab.errors import LabError, LabWarning, NotFound, UsageError
 from llamalab.inference.loading import load
+from llamalab.reports import Row
 from llamalab.surgery import adapter
 from llamalab.surgery.adapter import Adapter
 from llamalab.surgery.tokenizer import Tokenizer
@@ -271,7 +272,7 @@ def test_rows_as_transformers_leaves_them_when_it_resizes(lab, tmp_path, mean_re
         shutil.copy(file, tmp_path)
     found = diagnose(tmp_path, quick=True)
     assert found.names == ["untrained-rows"], str(found)
-    assert f"{rows - old:,} appended rows" in found.findings[0].evidence
+    assert f"{rows - old:,} appended rows" in found.findings[0].found
 
 
 def test_the_write_ups_command_has_both_findings(lab):
@@ -398,20 +399,22 @@ def test_the_command_line(lab):
     merged, adapter = lab / "chinese-alpaca-lab", lab / "chinese-alpaca-lora-lab"
     done = cli("--base_model", merged, "--with_prompt", "--quick", "--json")
     said = json.loads(done.stdout)
-    assert done.returncode == 0 and said["ok"] is True and said["findings"] == []
+    assert done.returncode == 0 and said["ok"] is True
+    assert {row["status"] for row in said["rows"]} == {"INFO", "OK"}
     done = cli("--base-model", merged, "--lora-model", adapter, "--json")
     said = json.loads(done.stdout)
     assert done.returncode == 1 and said["ok"] is False
-    assert said["findings"][0].keys() == {"name", "evidence", "consequence", "mend", "command"}
-    assert said["findings"][0]["name"] == "applied-twice"
-    assert said["findings"][0]["command"] == f"llamalab generate --base-model {merged}"
+    finding = next(row for row in said["rows"] if row["status"] == "FOUND")
+    assert finding["name"] == "applied-twice"
+    assert finding["found"] and finding["cause"] and finding["fix"]
+    assert finding["command"] == f"llamalab generate --base-model {merged}"
     done = cli("--base-model", lab / "absent", "--json")
     assert done.returncode == 1 and json.loads(done.stdout)["error"] == "NotFound"
     assert cli("--base-model", merged, "--with-prompt", "--without-prompt").returncode == 2
 
 
 def test_markup_in_a_model_is_shown_as_text(lab):
-    shown = diagnosis.Diagnosis("<script>alert(1)</script>")._repr_html_()
+    shown = diagnosis.Diagnosis((Row("INFO", "model", "<script>alert(1)</script>"),))._repr_html_()
     assert "<script>" not in shown and "&lt;script&gt;" in shown
 
 

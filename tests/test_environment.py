@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 
 from llamalab import catalog, environment, errors, units
 from llamalab.catalog import sizes
-from llamalab.environment import Report, Row, check, disk_free, fits, memory_available
+from llamalab.environment import Readiness, check, fits, memory_available
+from llamalab.files import disk_free
+from llamalab.reports import Row
 
 LIB = Path(environment.__file__).parents[1]
 NEEDS = sizes.needs(catalog.model("chinese-alpaca-7b"))
 GB = 10**9
 
 
-def rows(report: Report) -> dict[str, Row]:
+def rows(report: Readiness) -> dict[str, Row]:
     return {row.name: row for row in report.rows}
 
 
@@ -54,27 +56,27 @@ def test_the_packages_load_without_a_word_on_standard_error():
 def test_this_machine():
     report = check(models_dir="somewhere/not/there/yet")
     by_name = rows(report)
-    assert torch.__version__ in by_name["PyTorch"].detail
+    assert torch.__version__ in by_name["PyTorch"].found
     assert by_name["GPU"].status == ("OK" if torch.cuda.is_available() else "INFO")
-    assert "somewhere" in by_name["Disk"].detail
+    assert "somewhere" in by_name["Disk"].found
     assert report.needs is None
     assert not Path("somewhere").exists()
 
 
 def test_every_way_of_showing_it_says_the_same():
-    report = Report((Row("OK", "A", "1 < 2"), Row("FAIL", "B", "<b>", "Do & mend.")))
-    assert str(report) == "[OK]   A 1 < 2\n[FAIL] B <b>\n       Do & mend."
+    report = Readiness((Row("OK", "A", "1 < 2"), Row("FAIL", "B", "<b>", fix="Do & mend.")))
+    assert str(report) == "OK       A  1 < 2\nFAIL     B  <b>\n           fix       Do & mend."
     assert not report.ok
     assert json.loads(json.dumps(report.as_dict()))["rows"][1]["fix"] == "Do & mend."
     shown = report._repr_html_()
     assert "1 &lt; 2" in shown and "Do &amp; mend." in shown and "<b>&lt;b&gt;" not in shown
-    assert Report((Row("INFO", "GPU", "none"),)).ok
+    assert Readiness((Row("INFO", "GPU", "none"),)).ok
 
 
 def test_a_model_brings_its_needs_before_anything_is_there(tmp_path):
     report = check("chinese-llama-33b", tmp_path / "new")
     assert report.needs == sizes.needs(catalog.model("chinese-llama-33b"))
-    assert units.size_text(report.needs.disk) in rows(report)["Disk needed"].detail
+    assert units.size_text(report.needs.disk) in rows(report)["Disk needed"].found
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(errors.NotFound, match="chinese-llama-7"):
         check("chinese-lama-7b")
@@ -114,7 +116,7 @@ def test_what_already_lies_there_is_not_asked_for_twice(tmp_path):
     (base / "weights").write_bytes(bytes(123_456))
     (tmp_path / "something-else").write_bytes(bytes(1000))
     report = check("chinese-alpaca-lab", tmp_path)
-    assert "123.5 kB are there" in rows(report)["Disk needed"].detail
+    assert "123.5 kB are there" in rows(report)["Disk needed"].found
 
 
 def test_memory_stops_at_the_limit_of_a_container(tmp_path):
@@ -146,10 +148,10 @@ def test_packages_missing_outdated_and_broken_are_rows(tmp_path):
     report = check_in_new_process(tmp_path, requires)
     found = {row["name"]: row for row in report["rows"]}
     assert report["ok"] is False
-    assert "does not load: OSError: libxyz.so: not found" in found["brokenpack"]["detail"]
-    assert "1.5 is outside of >=2" in found["oldpack"]["detail"]
-    assert "is not installed; needed: >=1" in found["nosuchpack"]["detail"]
-    assert found["psutil"]["detail"] == importlib.metadata.version("psutil")
+    assert "does not load: OSError: libxyz.so: not found" in found["brokenpack"]["found"]
+    assert "1.5 is outside of >=2" in found["oldpack"]["found"]
+    assert "is not installed; needed: >=1" in found["nosuchpack"]["found"]
+    assert found["psutil"]["found"] == importlib.metadata.version("psutil")
     assert {row["status"] for name, row in found.items() if name.endswith("pack")} == {"FAIL"}
     assert "onlyfortests" not in found
 
@@ -166,7 +168,7 @@ def test_the_check_outlives_a_broken(module, tmp_path):
 @pytest.mark.parametrize("visible, said", [("", "hides every NVIDIA GPU"), ("1", "is '1'")])
 def test_visible_devices_are_told(monkeypatch, visible, said):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert said in rows(check())["CUDA_VISIBLE_DEVICES"].detail
+    assert said in rows(check())["CUDA_VISIBLE_DEVICES"].found
 
 
 def test_a_gpu_is_described_and_its_free_memory_counts(monkeypatch):
@@ -175,7 +177,7 @@ def test_a_gpu_is_described_and_its_free_memory_counts(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"Card {i}")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: ((5, 70 * GB)[i], 80 * GB))
     report = check("chinese-llama-33b")
-    assert rows(report)["GPU"].detail == (
+    assert rows(report)["GPU"].found == (
         "Card 0, 5 bytes of 80.0 GB free; Card 1, 70.0 GB of 80.0 GB free"
     )
-    assert report.rows[-1].detail.endswith("to answer, on the GPU")
+    assert report.rows[-1].found.endswith("to answer, on the GPU")

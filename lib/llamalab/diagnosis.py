@@ -11,11 +11,10 @@ The rest are doubts that no program of the field raises, each one a function her
 
 from __future__ import annotations
 
-import html
 import shlex
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +29,7 @@ from .checkpoints import Checkpoint, open_checkpoint, read_json
 from .errors import LabError
 from .inference import TEMPLATES, Model, fault_of, model_of, pick_device, template_mistake
 from .progress import bytes_bar
+from .reports import Report, Row
 from .surgery import (
     Adapter,
     Tokenizer,
@@ -83,57 +83,34 @@ _BREAKING = (
 """(package, versions, what they do, keys of the adapter they do it for), read in their wheels."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong: what was seen, what follows from it, and what mends it."""
-
-    name: str
-    evidence: str
-    consequence: str
-    mend: str
-    command: str
-
-    def __str__(self) -> str:
-        rows = asdict(self)
-        lines = [f"FOUND  {rows.pop('name')}"]
-        return "\n".join(lines + [f"       {key:12} {text}" for key, text in rows.items() if text])
-
-
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Report):
     """What was looked at, and what was found.
 
     Attributes:
-        subject: what the weights are, as far as that can be told.
-        findings: in the order of `FINDINGS`; the first one is the one to mend first.
-        notes: what could not be judged, and why.
+        rows: what the weights are, what could not be judged and why, and a row with the status
+            FOUND for each finding, in the order of `FINDINGS`: the first is the one to mend first.
+        looked_at: what was looked at.
     """
 
-    subject: str
-    findings: tuple[Finding, ...] = ()
-    notes: tuple[str, ...] = ()
-    looked_at: tuple[str, ...] = field(default=(), repr=False)
+    rows: tuple[Row, ...]
+    looked_at: tuple[str, ...] = ()
 
     @property
-    def ok(self) -> bool:
-        return not self.findings
+    def findings(self) -> list[Row]:
+        return [row for row in self.rows if row.status == "FOUND"]
 
     @property
     def names(self) -> list[str]:
         return [finding.name for finding in self.findings]
 
+    @property
+    def notes(self) -> list[str]:
+        """What could not be judged, and why."""
+        return [row.found for row in self.rows if row.name == "note"]
+
     def as_dict(self) -> dict:
-        return {"ok": self.ok} | asdict(self)
-
-    def __str__(self) -> str:
-        lines = [f"INFO   {text}" for text in (self.subject, *self.notes)]
-        lines += [str(finding) for finding in self.findings]
-        if self.ok:
-            lines.append(f"OK     nothing found ({', '.join(self.looked_at)})")
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return f"<pre style='white-space: pre-wrap'>{html.escape(str(self))}</pre>"
+        return super().as_dict() | {"looked_at": self.looked_at}
 
 
 def diagnose(
@@ -205,7 +182,7 @@ class _Case:
 
     def __init__(self, directory: Path, adapters: Sequence[Path]):
         self.directory, self.adapters = directory, adapters
-        self.findings: dict[str, Finding] = {}
+        self.findings: dict[str, Row] = {}
         self.notes: list[str] = []
         self.looked_at: list[str] = []
 
@@ -219,7 +196,9 @@ class _Case:
             if name not in self.findings:
                 why = error.why or FINDINGS[name].cause
                 command = self._filled_in(FINDINGS[name].command)
-                self.findings[name] = Finding(name, error.what, why, error.fix, command)
+                self.findings[name] = Row(
+                    "FOUND", name, error.what, cause=why, fix=error.fix, command=command
+                )
             return None
 
     def _filled_in(self, command: str) -> str:
@@ -233,8 +212,11 @@ class _Case:
 
     def end(self, subject: str) -> Diagnosis:
         looked_at = tuple(dict.fromkeys(self.looked_at))
-        findings = tuple(self.findings[name] for name in FINDINGS if name in self.findings)
-        return Diagnosis(subject, findings, tuple(self.notes), looked_at)
+        rows = [Row("INFO", "model", subject), *(Row("INFO", "note", note) for note in self.notes)]
+        rows += [self.findings[name] for name in FINDINGS if name in self.findings]
+        if not self.findings:
+            rows.append(Row("OK", "findings", f"none; looked at: {', '.join(looked_at)}"))
+        return Diagnosis(tuple(rows), looked_at)
 
 
 def _subject(view: Checkpoint, family: str) -> str:

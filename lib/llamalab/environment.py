@@ -6,7 +6,6 @@ or broken becomes a row of the report and not the end of it.
 
 from __future__ import annotations
 
-import html
 import importlib
 import importlib.metadata
 import importlib.util
@@ -17,12 +16,14 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import catalog
 from .catalog import Needs, models_directory, sizes
+from .files import disk_free
+from .reports import Report, Row
 from .units import size_text
 
 if TYPE_CHECKING:
@@ -32,56 +33,18 @@ TORCH_PAGE = "pytorch.org/get-started"
 CGROUPS = Path("/sys/fs/cgroup")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One finding. `status` is "OK", "FAIL" or "INFO"; `fix` says what to do about a FAIL."""
-
-    status: str
-    name: str
-    detail: str
-    fix: str = ""
-
-    def __str__(self) -> str:
-        return f"{'[' + self.status + ']':6} {self.name} {self.detail}" + (
-            f"\n       {self.fix}" if self.fix else ""
-        )
-
-
 @dataclass(frozen=True, repr=False)
-class Report:
-    """The rows of one check; `needs` is there when a model was asked about."""
+class Readiness(Report):
+    """What this machine has, a row each; `needs` is there when a model was asked about."""
 
     rows: tuple[Row, ...]
     needs: Needs | None = None
 
-    @property
-    def ok(self) -> bool:
-        """True when no row is a FAIL."""
-        return all(row.status != FAIL for row in self.rows)
-
     def as_dict(self) -> dict:
-        rows = [asdict(row) for row in self.rows]
-        return {"ok": self.ok, "rows": rows, "needs": self.needs and self.needs.as_dict()}
-
-    def __str__(self) -> str:
-        return "\n".join(str(row) for row in self.rows)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        # These three read well on white and on black; all else keeps the theme's own colours.
-        colour = {OK: "#2e9e4f", FAIL: "#e5484d", INFO: "#5b8dd9"}
-        cell = '<td style="text-align:left;vertical-align:top">'
-        rows = "".join(
-            f'<tr>{cell}<b style="color:{colour[row.status]}">{row.status}</b></td>'
-            f"{cell}{html.escape(row.name)}</td>{cell}{html.escape(row.detail)}"
-            f"{'<br><b>' + html.escape(row.fix) + '</b>' if row.fix else ''}</td></tr>"
-            for row in self.rows
-        )
-        return f"<table>{rows}</table>"
+        return super().as_dict() | {"needs": self.needs and self.needs.as_dict()}
 
 
-def check(model: str | None = None, models_dir: str | os.PathLike = "") -> Report:
+def check(model: str | None = None, models_dir: str | os.PathLike = "") -> Readiness:
     """Look at this machine and, given a `model` of the catalogue, whether it can hold it.
 
     Nothing is downloaded and nothing written. A machine without a GPU is not a failure.
@@ -111,7 +74,7 @@ def check(model: str | None = None, models_dir: str | os.PathLike = "") -> Repor
     if wanted and needs:
         there = min(needs.disk, already_there(wanted, directory))
         rows += fits(needs, free, ram, gpu_memory, there)
-    return Report(tuple(rows), needs)
+    return Readiness(tuple(rows), needs)
 
 
 def fits(
@@ -131,7 +94,7 @@ def fits(
             FAIL,
             "Disk needed",
             f"{detail}; {size_text(free)} are free",
-            f"Free {size_text(left - free)}, or name a directory on a larger disk with "
+            fix=f"Free {size_text(left - free)}, or name a directory on a larger disk with "
             "--models-dir (models_dir in a notebook).",
         )
     if ram is None:
@@ -144,7 +107,7 @@ def fits(
             FAIL,
             "Memory needed",
             f"{detail}; {size_text(ram)} are available",
-            "Close other programs and kernels.",
+            fix="Close other programs and kernels.",
         )
     on_gpu, on_cpu = needs.inference_memory, needs.cpu_memory
     if on_gpu <= gpu_memory:
@@ -156,7 +119,7 @@ def fits(
             FAIL,
             "Memory needed",
             f"{size_text(on_cpu)} to answer; {size_text(max(ram, gpu_memory))} are available",
-            "Choose a smaller model ('llamalab models' lists them) or a machine with more "
+            fix="Choose a smaller model ('llamalab models' lists them) or a machine with more "
             "memory; downloading, converting and merging need less and can be done here.",
         )
 
@@ -187,13 +150,6 @@ def memory_available(cgroups: Path = CGROUPS) -> int | None:
     return max(0, available)
 
 
-def disk_free(directory: Path) -> int:
-    """Return the bytes free where `directory` is, or will be once it is made."""
-    while not directory.exists():
-        directory = directory.parent
-    return shutil.disk_usage(directory).free
-
-
 def gpu_memory() -> int:
     """Return the free bytes of the roomiest GPU, 0 without one."""
     return _gpu()[1]
@@ -221,7 +177,7 @@ def _packages() -> Iterator[Row]:
         from packaging.requirements import Requirement
     except Exception as error:
         detail = f"does not load: {_first_line(error)}"
-        yield Row(FAIL, "packaging", detail, _reinstall("packaging"))
+        yield Row(FAIL, "packaging", detail, fix=_reinstall("packaging"))
         return
     try:
         required = importlib.metadata.requires("llamalab") or []
@@ -243,16 +199,16 @@ def _package(wanted: Requirement, modules: list[str]) -> Row:
     try:
         found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Row(FAIL, name, f"is not installed; needed: {wanted.specifier}", fix)
+        return Row(FAIL, name, f"is not installed; needed: {wanted.specifier}", fix=fix)
     if not wanted.specifier.contains(found, prereleases=True):
-        return Row(FAIL, name, f"{found} is outside of {wanted.specifier}", fix)
+        return Row(FAIL, name, f"{found} is outside of {wanted.specifier}", fix=fix)
     for module in modules:
         if _normal(module) != _normal(name):
             continue
         try:
             importlib.import_module(module)
         except Exception as error:
-            return Row(FAIL, name, f"{found} does not load: {_first_line(error)}", fix)
+            return Row(FAIL, name, f"{found} does not load: {_first_line(error)}", fix=fix)
     return Row(OK, name, found)
 
 
@@ -260,7 +216,7 @@ def _torch() -> Row:
     try:
         import torch
     except Exception as error:
-        return Row(FAIL, "PyTorch", f"does not load: {_first_line(error)}", _reinstall("torch"))
+        return Row(FAIL, "PyTorch", f"does not load: {_first_line(error)}", fix=_reinstall("torch"))
     if torch.version.cuda:
         build = f"CUDA {torch.version.cuda} build"
     elif getattr(torch.version, "hip", None):
@@ -318,7 +274,7 @@ def _font() -> Row:
         for font in Path(folder).glob("*.otf"):
             return Row(OK, "Chinese font", f"{font.name}, for plots")
     fix = _reinstall(package.replace("_", "-").lower())
-    return Row(FAIL, "Chinese font", "not found: plots would show empty boxes", fix)
+    return Row(FAIL, "Chinese font", "not found: plots would show empty boxes", fix=fix)
 
 
 def _reinstall(requirement: str) -> str:

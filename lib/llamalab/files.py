@@ -1,4 +1,4 @@
-"""Files: locks, whole-or-nothing writes, room on the disk."""
+"""Files: whole-or-nothing writes, locks, and room on the disk."""
 
 from __future__ import annotations
 
@@ -6,28 +6,42 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from .errors import NotEnoughRoom
 from .progress import say
+from .units import size_text
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a small file so that after a crash it holds the old content or the new."""
-    unfinished = path.with_name(path.name + ".unfinished")
+def partial_of(path: Path) -> Path:
+    """Return where a download of `path` grows until it is whole; its sidecar adds `.json`."""
+    return path.with_name(path.name + ".partial")
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a small file that, whatever happens, holds its old content or the new.
+
+    Text is written in UTF-8. Halves of characters, which UTF-8 has no bytes for, become escapes,
+    as JSON spells them.
+    """
+    content = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with open(unfinished, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    os.replace(unfinished, path)
 
 
 def sync_directory(path: Path) -> None:
+    """Bring the names in a directory to the disk: renames in it then outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,21 +49,7 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def full_disk_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise NotEnoughRoom(
-            f"The disk is full at '{path}'.",
-            "What has arrived is kept.",
-            "Make room and run this again; it goes on from there.",
-        ) from None
-
-
-def lock_now(file) -> bool:
+def lock_now(file: IO | int) -> bool:
     """Lock an open file until it is closed; return False where another process has done so.
 
     A file system without locks, as some of clusters are, keeps nobody out.
@@ -88,11 +88,35 @@ def locked(directory: Path) -> Iterator[None]:
             os.close(lock)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a file that appears whole or not at all, in UTF-8.
+def disk_free(directory: Path) -> int:
+    """Return the bytes free where `directory` is, or will be once it is made."""
+    while not directory.exists():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free
 
-    Halves of characters, which UTF-8 has no bytes for, become escapes, as JSON spells them.
+
+def require_room(directory: Path, needed: int, why: str = "", fix: str = "") -> int:
+    """Return the bytes free at `directory`, which may not exist yet, if they are enough.
+
+    Raises:
+        NotEnoughRoom: fewer than `needed` are free.
     """
-    new = file.with_name(f".{file.name}.{os.getpid()}")
-    new.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(new, file)
+    free = disk_free(directory)
+    if free < needed:
+        raise NotEnoughRoom(
+            f"{size_text(needed)} are needed at '{directory}', and {size_text(free)} are free.",
+            why,
+            fix or "Make room, or choose a directory on another disk.",
+        )
+    return free
+
+
+@contextlib.contextmanager
+def full_disk_named(path: Path, why: str, fix: str) -> Iterator[None]:
+    """Turn the system's word for a disk that fills up meanwhile into `NotEnoughRoom`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NotEnoughRoom(f"The disk is full at '{path}'.", why, fix) from None

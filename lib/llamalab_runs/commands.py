@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llamalab.cli import positive, size
 from llamalab.errors import UsageError
-from llamalab.reports import COLOURS, paint
+from llamalab.reports import STATUSES, paint
 
 
 def add(command) -> None:
@@ -160,7 +160,7 @@ def _swept(item: str) -> tuple[str, list]:
 
 
 def _status(result, stream) -> str:
-    colour = COLOURS["OK" if result.status == "ok" else "FAIL"]
+    colour = STATUSES["OK" if result.status == "ok" else "FAIL"]
     return paint(f"{result.status:7}", colour, stream)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from llamalab.files import write_text
+from llamalab.files import write_whole
 from llamalab.units import size_text
 
 LONGEST = 100_000
@@ -35,7 +35,7 @@ def write_report(notebook: NotebookNode, report: Path) -> None:
         mermaid_layout_elk_js_url="",
         jupyter_widgets_base_url="",
     )
-    write_text(report, exporter.from_notebook_node(notebook)[0])
+    write_whole(report, exporter.from_notebook_node(notebook)[0])
 
 
 def _is_widget(output: NotebookNode) -> bool:

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
-from llamalab.errors import NotEnoughRoom
 
 from llamalab import catalog, environment
 from llamalab.catalog import RUNTIME, Needs, models_directory, needs
+from llamalab.errors import NotEnoughRoom
+from llamalab.files import disk_free
 from llamalab.units import size_text
 
 ANSWERS = re.compile(r"\b(?:load|generate|diagnose)\(")
@@ -52,7 +53,7 @@ def require_room(
     missing = []
     if MAKES.search(code):
         there = environment.already_there(catalog.model(need.model), directory)
-        free = environment.disk_free(directory)
+        free = disk_free(directory)
         missing += _missing("disk", need.disk - min(there, need.disk), free)
     ram = environment.memory_available()
     if memory_limit and ram is not None:

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from llamalab.errors import Incompatible, LabError, NotEnoughRoom, NotFound, UsageError
 
 import llamalab
 from llamalab import catalog
 from llamalab.catalog import AFFORDABLE, locate, models_directory
-from llamalab.files import write_text
+from llamalab.errors import Incompatible, LabError, NotEnoughRoom, NotFound, UsageError
+from llamalab.files import write_whole
 from llamalab.inference import Answer, Batch, Model, fitting_batch, loading
 from llamalab.surgery import adapter
 from llamalab.units import size_text
@@ -175,7 +175,7 @@ def _take(ray, done, sweep, point: int) -> Run:
     os.replace(partial, directory)
     run = read_run(directory)
     # The directory named in it was the machine's.
-    write_text(directory / MANIFEST, run_directory.as_json(run))
+    write_whole(directory / MANIFEST, run_directory.as_json(run))
     return run
 
 

@@ -18,7 +18,7 @@ from nbformat import NotebookNode, v4
 
 from llamalab import __version__
 from llamalab.catalog import project_directory
-from llamalab.files import write_text
+from llamalab.files import write_whole
 
 from .html_report import write_report
 
@@ -91,12 +91,12 @@ def write_run(run: Run, notebook: NotebookNode, source_digest: str) -> None:
         for cell in run.cells:
             cell["index"] += 1
     executed, report = partial / run.notebook, partial / run.report.name
-    write_text(executed, nbformat.writes(notebook))
+    write_whole(executed, nbformat.writes(notebook))
     write_report(notebook, report)
     run.digests = {"source": source_digest}
     for name, file in (("executed", executed), ("report", report)):
         run.digests[name] = notebook_digest(file)
-    write_text(partial / MANIFEST, as_json(run))
+    write_whole(partial / MANIFEST, as_json(run))
     (partial / "journal").unlink(missing_ok=True)
     os.replace(partial, run.directory)
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from llamalab.files import write_text
+from llamalab.files import write_whole
 
 from .html_report import page, table
 from .run_directory import read_run
@@ -40,7 +40,7 @@ def write_index(output_dir: Path) -> None:
             continue
         rows.append(row)
     columns = "began notebook status seconds peak_rss_bytes parameters error".split()
-    write_text(output_dir / "index.html", page("Runs", table(columns, rows, reports)))
+    write_whole(output_dir / "index.html", page("Runs", table(columns, rows, reports)))
 
 
 def _sweep_row(path: Path) -> dict:

@@ -21,11 +21,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamalab.errors import OutputExists, UsageError
-from llamalab.progress import say, terminal_bar
-
 from llamalab import __version__, environment
-from llamalab.files import lock_now, write_text
+from llamalab.errors import OutputExists, UsageError
+from llamalab.files import lock_now, write_whole
+from llamalab.progress import say, terminal_bar
 
 from .notebooks import find_notebook, fit_parameters, in_effect
 from .preflight import memory_to_set_aside, require_room
@@ -210,5 +209,5 @@ def _alone(sweep: Sweep) -> Iterator[None]:
             shutil.rmtree(left, ignore_errors=True)
         about = {"notebook": sweep.notebook.name, "swept": sweep.swept, "points": sweep.points}
         text = json.dumps(about, ensure_ascii=False, indent=2)
-        write_text(sweep.directory / "sweep.json", text + "\n")
+        write_whole(sweep.directory / "sweep.json", text + "\n")
         yield

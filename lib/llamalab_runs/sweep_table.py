@@ -13,9 +13,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from llamalab.files import write_whole
 from llamalab.progress import say
-
-from llamalab.files import write_text
 
 from .html_report import page, table
 from .run_directory import Run
@@ -34,7 +33,7 @@ def write_summary(
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(directory / "summary.csv", text.getvalue())
+    write_whole(directory / "summary.csv", text.getvalue())
     _write_parquet(directory / "summary.parquet", columns, rows)
     reports = [f"{Path(row['directory']) / Path(notebook).stem}.html" for row in rows]
     figures = [_figure(rows, swept, name) for name in _drawn(rows, columns)]
@@ -42,7 +41,7 @@ def write_summary(
     body = f"<p>{ok} of {len(rows)} points ended ok. The table as "
     body += '<a href="summary.csv">summary.csv</a>.</p>' + "".join(figures)
     body += table([n for n in columns if n != "directory"], rows, reports)
-    write_text(directory / "index.html", page(f"Sweep of {notebook}", body))
+    write_whole(directory / "index.html", page(f"Sweep of {notebook}", body))
 
 
 def _row(point: int, run: Run) -> dict:

@@ -19,7 +19,7 @@ def test_each_case_gets_its_finding_and_no_other(name, lab):
     found = diagnose(**arguments, device="cpu")
     assert found.names == [broken_models.CASES[name].finding], str(found)
     finding = found.findings[0]
-    assert finding.evidence and finding.consequence and finding.command
+    assert finding.found and finding.cause and finding.command
     assert not found.ok and finding.name in str(found)
 
 
@@ -55,7 +55,7 @@ def test_from_the_command_line_to_the_finding(lab):
     done = subprocess.run(
         [sys.executable, "-m", "llamalab", *words[1:]], capture_output=True, text=True
     )
-    assert done.returncode == 1 and "FOUND  missing-predecessor" in done.stdout, done.stderr
+    assert done.returncode == 1 and "FOUND    missing-predecessor" in done.stdout, done.stderr
     unknown = run("twise")
     assert unknown.returncode == 1 and "Did you mean twice" in unknown.stderr
 

@@ -20,7 +20,7 @@ def machine(monkeypatch):
     def has(ram: float, gpu: float = 0, disk: float = 10**15):
         monkeypatch.setattr(environment, "memory_available", lambda: int(ram))
         monkeypatch.setattr(environment, "gpu_memory", lambda: int(gpu))
-        monkeypatch.setattr(environment, "disk_free", lambda directory: int(disk))
+        monkeypatch.setattr(preflight, "disk_free", lambda directory: int(disk))
 
     return has
 

@@ -24,6 +24,7 @@ import llamalab
 import synthetic
 from command_line import llamalab as command_line
 from llamacpp import LlamaCpp
+from llamalab import files
 from llamalab.checkpoints import containers
 from llamalab.errors import (
     DamagedFile,
@@ -448,9 +449,9 @@ def test_a_wrong_tokenizer_or_setting_is_refused_before_a_byte_is_written(copied
 
 def test_too_little_disk_before_and_in_the_middle(family, tmp_path, monkeypatch):
     out = tmp_path / "m.gguf"
-    usage = gguf_export.shutil.disk_usage(tmp_path)
+    usage = files.shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_export.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+        patch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
         with pytest.raises(NotEnoughRoom, match="are needed"):
             llamalab.export(family / "base", out)
 

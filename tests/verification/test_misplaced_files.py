@@ -65,7 +65,7 @@ def test_a_wrong_arrangement_is_named_and_only_then_fixed(tiny, tmp_path, capsys
     assert {move.place: move.found for move in report.moves} == wrong
     assert "recognised: tiny" in str(report) and "--fix" in str(report)
     # What lies elsewhere is compared all the same.
-    by_file = {row.file: row.status for row in report.rows}
+    by_file = {row.name: row.status for row in report.rows}
     assert by_file[wrong.get("tokenizer.model", "tokenizer.model")] == "OK"
     capsys.readouterr()
     assert main(["verify", str(folder), "--fix"]) == 0
@@ -84,7 +84,7 @@ def test_the_size_folder_itself(tiny, tmp_path):
     folder = served.lay_out(tmp_path / "mine", RIGHT | other)  # what lies beside is not its own
     report = verify(folder / "7B")
     assert report.ok and report.path == folder and not report.moves
-    assert {row.file for row in report.rows} == set(RIGHT)
+    assert {row.name for row in report.rows} == set(RIGHT)
 
 
 def test_a_directory_of_parts(tiny, tmp_path):
@@ -92,7 +92,7 @@ def test_a_directory_of_parts(tiny, tmp_path):
     served.lay_out(tmp_path / "models" / "tiny-hf", {"tokenizer.model": TOKENIZER})
     (tmp_path / "models" / "tiny" / "tokenizer.model").unlink()
     report = verify(tmp_path / "models")
-    by_file = {row.file: row.status for row in report.rows}
+    by_file = {row.name: row.status for row in report.rows}
     assert by_file["tiny/tokenizer.model"] == "MISSING" and not report.moves
     assert by_file["tiny/7B/consolidated.00.pth"] == "OK"
 
@@ -101,7 +101,7 @@ def test_what_is_missing_and_lies_nowhere(tiny, tmp_path):
     folder = served.lay_out(tmp_path / "mine", flat(RIGHT))
     (folder / "params.json").unlink()
     report = verify(folder, as_name="tiny")
-    assert {row.file: row.status for row in report.rows}["7B/params.json"] == "MISSING"
+    assert {row.name: row.status for row in report.rows}["7B/params.json"] == "MISSING"
     assert "7B/params.json" not in {move.place for move in report.moves}
 
 

@@ -19,7 +19,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "digests": [
             "BLOCK",
             "Digests",
-            "FileRow",
             "bytes_arrived",
             "checklist_facts",
             "compare_file",

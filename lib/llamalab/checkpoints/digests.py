@@ -15,26 +15,15 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..catalog import FileFacts
 from ..errors import DamagedFile
+from ..reports import Row
 
 BLOCK = 1 << 20  # bytes a read: large enough that hashlib works outside the interpreter lock
 HEAD = 1024  # bytes that tell what a file is
 DAMAGED = "Size and first bytes look right, so bytes changed on the way or on the disk."
-
-
-@dataclass(frozen=True)
-class FileRow:
-    """What was found of one file. `status` is OK, WRONG, MISSING or UNKNOWN (nothing published)."""
-
-    file: str
-    status: str
-    expected: str = ""
-    found: str = ""
-    cause: str = ""
 
 
 class Digests:
@@ -184,30 +173,32 @@ def compare_file(
     on_bytes: Callable[[int], object] | None = None,
     found: dict[str, str] | None = None,
     on_read: Callable[[float], object] | None = None,
-) -> FileRow:
+) -> Row:
     """Compare one file with what is published of it: the size first, then every known digest.
+
+    The row's status is OK, WRONG, MISSING or UNKNOWN (nothing is published).
 
     `found` are digests of the file that are known already; else the file is read.
     """
     if not path.is_file():
         here = bytes_arrived(path)
         cause = f"{here:,} bytes have arrived; the same download goes on from there."
-        return FileRow(name, "MISSING", cause=cause if here else "")
+        return Row("MISSING", name, cause=cause if here else "")
     size = path.stat().st_size
     if facts.size is not None and size != facts.size:
         cause = diagnose_bytes(path, facts) or ""
-        return FileRow(name, "WRONG", f"{facts.size:,} bytes", f"{size:,} bytes", cause)
+        return Row("WRONG", name, f"{size:,} bytes", f"{facts.size:,} bytes", cause)
     expected = {k: v.lower() for k in ("md5", "sha256") if (v := getattr(facts, k))}
     if not expected:
         cause = diagnose_bytes(path, facts)
-        return FileRow(name, "WRONG" if cause else "UNKNOWN", "", f"{size:,} bytes", cause or "")
+        return Row("WRONG" if cause else "UNKNOWN", name, f"{size:,} bytes", cause=cause or "")
     if not found or not found.keys() >= expected.keys():
         found = hash_file(path, expected, on_bytes, on_read)
     found = {algorithm: found[algorithm] for algorithm in expected}
-    texts = [", ".join(f"{k} {v}" for k, v in digests.items()) for digests in (expected, found)]
+    texts = [", ".join(f"{k} {v}" for k, v in digests.items()) for digests in (found, expected)]
     if found == expected:
-        return FileRow(name, "OK", *texts)
-    return FileRow(name, "WRONG", *texts, diagnose_bytes(path, facts) or DAMAGED)
+        return Row("OK", name, *texts)
+    return Row("WRONG", name, *texts, diagnose_bytes(path, facts) or DAMAGED)
 
 
 def bytes_arrived(path: Path) -> int:
@@ -217,7 +208,7 @@ def bytes_arrived(path: Path) -> int:
     return min(status.st_size, status.st_blocks * 512) if status else 0
 
 
-def checklist_facts(directory: Path) -> tuple[dict[str, FileFacts], list[FileRow]]:
+def checklist_facts(directory: Path) -> tuple[dict[str, FileFacts], list[Row]]:
     """Return what the checklists under `directory` say of its files, and a row for each bad one."""
     facts, bad = {}, []
     for path in sorted(directory.rglob("*checklist.chk")):
@@ -225,9 +216,7 @@ def checklist_facts(directory: Path) -> tuple[dict[str, FileFacts], list[FileRow
         try:
             digests = read_checklist(path)
         except DamagedFile as error:
-            bad.append(
-                FileRow((folder / path.name).as_posix(), "WRONG", cause=error.why or error.what)
-            )
+            bad.append(Row("WRONG", (folder / path.name).as_posix(), cause=error.why or error.what))
         else:
             facts |= {(folder / n).as_posix(): FileFacts(md5=md5) for n, md5 in digests.items()}
     return facts, bad

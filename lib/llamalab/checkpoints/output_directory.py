@@ -217,7 +217,7 @@ def resume_shards(partial: Path, inputs: list[dict], settings: dict) -> dict[str
     return done
 
 
-def require_room(checkpoint: Checkpoint, shards: dict, done: dict, partial: Path) -> None:
+def require_room_for_shards(checkpoint: Checkpoint, shards: dict, done: dict, partial: Path) -> None:
     left = sum(
         checkpoint.tensors[name].nbytes
         for shard, names in shards.items()

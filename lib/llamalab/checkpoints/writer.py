@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ..errors import OutputExists
-from ..files import write_durably
+from ..files import write_whole
 from ..progress import bytes_bar
 from ..units import parse_size
 from .checkpoint import Checkpoint, raw_bytes, tensor_digest
@@ -38,7 +38,7 @@ from .output_directory import (
     refuse_bad_place,
     refuse_changed,
     refuse_to_replace_strangers,
-    require_room,
+    require_room_for_shards,
     resume_shards,
     state_of,
     versions_in_use,
@@ -124,7 +124,7 @@ def write(
                     raise
                 refuse_to_replace_strangers(out)
         done = resume_shards(partial, inputs, settings)
-        require_room(checkpoint, shards, done, partial)
+        require_room_for_shards(checkpoint, shards, done, partial)
         hashes = _write_shards(checkpoint, shards, partial, done, inputs, settings)
         digest = tensor_digest({n: (s, hashes[n]) for n, s in checkpoint.tensors.items()})
         if len(shards) > 1:
@@ -142,7 +142,7 @@ def write(
             "tensors": hashes,
         }
         for name, content in (files | {RECORD: json_bytes(record)}).items():
-            write_durably(partial / name, content)
+            write_whole(partial / name, content)
         put_in_place(partial, out, overwrite)
     total, seconds = checkpoint.total_bytes, time.monotonic() - began
     return Made(out, digest, len(checkpoint.tensors), total, seconds)
@@ -184,7 +184,7 @@ def _write_shards(
                 hashes |= done[shard]
                 sizes = {name: (partial / name).stat().st_size for name in done}
                 journal = plan_of(inputs, settings) | {"shards": done, "sizes": sizes}
-                write_durably(partial / JOURNAL, json_bytes(journal))
+                write_whole(partial / JOURNAL, json_bytes(journal))
             for entry, result in zip(inputs, sums, strict=True):
                 entry["sha256"] = result.result()["sha256"]
                 refuse_changed(entry)

@@ -22,7 +22,7 @@ import llamalab
 
 from .. import catalog
 from ..errors import LabError, LabWarning, UsageError
-from ..reports import COLOURS, paint
+from ..reports import paint, painted
 from ..units import parse_size
 
 
@@ -267,13 +267,7 @@ def _report(options) -> int:
     if options.json:
         print(json.dumps(report.as_dict(), ensure_ascii=False))
     else:
-        words = "|".join(COLOURS)
-        painted = re.sub(
-            rf"(?m)^(\[?)({words})\b",
-            lambda match: match[1] + paint(match[2], COLOURS[match[2]], sys.stdout),
-            str(report),
-        )
-        print(painted)
+        print(painted(report, sys.stdout))
     return 0 if report.ok else 1
 
 

@@ -26,6 +26,9 @@ from ..files import full_disk_named
 NOTE_SECONDS = 0.5  # the most that a killed process forgets, where there are several gaps
 
 
+FULL = ("What has arrived is kept.", "Make room and run this again; it goes on from there.")
+
+
 class Abandoned(Exception):
     """The gap is nobody's any more: the file was given up, or begun anew."""
 
@@ -174,7 +177,7 @@ class PartialFile:
             self._require(gap)
             rest = memoryview(block)[: None if gap.stop is None else gap.stop - gap.start]
             while rest:
-                with full_disk_named(self.path):
+                with full_disk_named(self.path, *FULL):
                     count = os.pwrite(self._file, rest, gap.start)
                 gap.start, self.have, rest = gap.start + count, self.have + count, rest[count:]
             if gap.start == gap.stop:
@@ -198,7 +201,7 @@ class PartialFile:
         note |= {"md5": self.facts.md5, "sha256": self.facts.sha256}
         unfinished = self.note.with_name(self.note.name + ".new")
         try:
-            with full_disk_named(self.path):
+            with full_disk_named(self.path, *FULL):
                 unfinished.write_text(json.dumps(note), encoding="utf-8")
             os.replace(unfinished, self.note)
         finally:

@@ -24,7 +24,6 @@ import httpx
 from .. import catalog
 from ..catalog import FileFacts, Part, models_directory, sizes
 from ..checkpoints import (
-    FileRow,
     bytes_arrived,
     checklist_facts,
     compare_file,
@@ -33,8 +32,9 @@ from ..checkpoints import (
     read_checklist,
 )
 from ..errors import DamagedFile, DownloadFailed, LabError, NotEnoughRoom, NotFound
-from ..files import locked
+from ..files import locked, require_room
 from ..progress import bytes_bar, say
+from ..reports import Row
 from ..units import size_text
 from .partial_file import Abandoned, Gap, PartialFile, filled_from
 from .response import (
@@ -95,7 +95,7 @@ def download(
     root = models_directory(models_dir)
     needed = sum(_needed(part, root / part.name) for part in parts if wheres[part.name])
     if needed > 0:
-        free = size_text(_require_room(root, needed))
+        free = size_text(require_room(root, needed))
         say(f"{name}: about {size_text(needed)} to download to '{root}', where {free} are free.")
     return [_bring(part, root / part.name, wheres[part.name], name, connections) for part in parts]
 
@@ -126,7 +126,7 @@ def _bring(part: Part, directory: Path, wheres: list[str], asked: str, connectio
         def wrong(names: Iterable[str], advance=None) -> dict:
             known = {name: _known(part, name, directory) for name in names}
             rows = [compare_file(directory / n, n, known[n], advance) for n in known]
-            return {r.file: known[r.file] for r in rows if r.status in ("MISSING", "WRONG")}
+            return {r.name: known[r.name] for r in rows if r.status in ("MISSING", "WRONG")}
 
         for names in (lists, [name for name in part.files if name not in lists]):
             wanted = wrong(names, bar.update)
@@ -207,7 +207,7 @@ def _copy(source: Path, target: Path, name: str, facts: FileFacts, bar) -> None:
             raise OSError("not linked")
         os.link(source.resolve(), partial.path)
     except OSError:
-        _require_room(target.parent, size)
+        require_room(target.parent, size)
         shutil.copyfile(source, partial.path)
     _accept(partial, target, name, bar)
 
@@ -358,7 +358,7 @@ def _attempt(client, url, headers, partial: PartialFile, name: str, gap: Gap, pi
         if start != gap.start or changed or (encoded and response.status_code == 206):
             raise _OtherVersion("the server sent another part than the one asked for")
         size = total if total is not None else promise.size or partial.facts.size
-        _require_room(partial.path.parent, (size or 0) - partial.have)
+        require_room(partial.path.parent, (size or 0) - partial.have)
         partial.begin(gap, None if encoded else etag, size, promise)
         parts = response.status_code == 206 or response.headers.get("Accept-Ranges") == "bytes"
         if piece and parts and gap.stop is not None and gap.stop >= 2 * piece:
@@ -418,7 +418,7 @@ def _accept(partial: PartialFile, target: Path, name: str, bar) -> None:
     partial.restart()
 
 
-def _refused(name: str, source: str, cause: str, row: FileRow | None = None) -> DamagedFile:
+def _refused(name: str, source: str, cause: str, row: Row | None = None) -> DamagedFile:
     if row and row.expected:
         # One of the digests says enough here; 'verify' shows them all.
         expected, found = row.expected.split(", ")[0], row.found.split(", ")[0]
@@ -445,17 +445,3 @@ def _no_source(part: Part, directory: Path, asked: str) -> NotFound:
         f"Run 'llamalab download {asked} --source {part.name}=WHERE', where WHERE is the "
         "directory, address or hf:OWNER/REPO of your copy.",
     )
-
-
-def _require_room(directory: Path, needed: int) -> int:
-    """Return the bytes that are free at `directory`, which may not exist yet."""
-    while not directory.exists():
-        directory = directory.parent
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise NotEnoughRoom(
-            f"{size_text(needed)} are needed at '{directory}', and {size_text(free)} are free.",
-            "",
-            "Make room, or choose another directory with --models-dir.",
-        )
-    return free

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -37,14 +36,12 @@ from ..errors import (
     DamagedFile,
     Incompatible,
     LabWarning,
-    NotEnoughRoom,
     NotFound,
     OutputExists,
     UsageError,
 )
-from ..files import sync_directory
+from ..files import require_room, sync_directory
 from ..progress import bytes_bar
-from ..units import size_text
 from .conversion import as_meta
 from .merging import compose
 from .tokenizer import fitting_model
@@ -210,14 +207,12 @@ class _Plan:
             DamagedFile: an input has changed meanwhile.
             Incompatible: a value is none, or too large for its encoding.
         """
-        needed, free = self.size + 2**26, shutil.disk_usage(unfinished.parent).free
-        if free < needed:
-            raise NotEnoughRoom(
-                f"{size_text(needed)} are needed in {unfinished.parent.parent}, "
-                f"and {size_text(free)} are free.",
-                "The file is written whole before anything is replaced.",
-                "Make room, or choose an --output on another disk.",
-            )
+        require_room(
+            unfinished.parent.parent,
+            self.size + 2**26,
+            "The file is written whole before anything is replaced.",
+            "Make room, or choose an --output on another disk.",
+        )
         inputs = [state_of(file) for file in dict.fromkeys(self._view.inputs)]
         try:
             with (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import math
 import os
 import shlex
@@ -21,7 +20,6 @@ from ..checkpoints import (
     RECORD,
     SAFETENSORS_NAMES,
     Checkpoint,
-    FileRow,
     checklist_facts,
     compare_file,
     digest_tensors,
@@ -34,6 +32,7 @@ from ..checkpoints import (
 )
 from ..errors import LabError, NotFound
 from ..progress import bytes_bar
+from ..reports import Report, Row
 from ..units import size_text
 from . import misplaced_files
 from .misplaced_files import Move
@@ -41,8 +40,8 @@ from .misplaced_files import Move
 FIRST = 10  # tensors that differ which are named; the rest are counted
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Report):
     """A row for each file of a directory.
 
     Attributes:
@@ -54,7 +53,7 @@ class Verification:
     """
 
     path: Path
-    rows: tuple[FileRow, ...]
+    rows: tuple[Row, ...]
     parts: tuple[str, ...] = ()
     moves: tuple[Move, ...] = ()
     bytes: int = 0
@@ -68,19 +67,16 @@ class Verification:
         return "OK" in statuses and not statuses & {"WRONG", "MISSING"}
 
     def as_dict(self) -> dict:
-        return asdict(self) | {"path": str(self.path), "ok": self.ok}
+        return super().as_dict() | {
+            "path": str(self.path),
+            "parts": self.parts,
+            "moves": [asdict(move) for move in self.moves],
+            "bytes": self.bytes,
+            "seconds": self.seconds,
+            "read_share": self.read_share,
+        }
 
-    def __str__(self) -> str:
-        lines, width = [], max((len(row.file) for row in self.rows), default=0)
-        for row in self.rows:
-            good = row.status == "OK"
-            names = ", ".join(part.split()[0] for part in row.expected.split(", ")) if good else ""
-            lines.append(f"{row.status:8} {row.file:{width}}  {names}".rstrip())
-            details = {} if good else {k: getattr(row, k) for k in ("expected", "found", "cause")}
-            lines += [f"{'':8}   {key:9} {text}" for key, text in details.items() if text]
-        return "\n".join(lines + self._remarks())
-
-    def _remarks(self) -> list[str]:
+    def remarks(self) -> list[str]:
         lines = []
         if self.parts and self.path.name not in self.parts:
             lines.append(f"recognised: {', '.join(self.parts)}")
@@ -92,14 +88,6 @@ class Verification:
             rate = f"{size_text(self.bytes)} at {size_text(self.bytes / self.seconds)}/s"
             lines.append(f"{rate}, {self.read_share:.0%} of the plain read speed")
         return lines
-
-    def _repr_html_(self) -> str:
-        keys = ("status", "file", "expected", "found", "cause")
-        cells = [[html.escape(getattr(row, key)) for key in keys] for row in self.rows]
-        body = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in row)}</tr>" for row in cells)
-        head = "".join(f"<th>{key}</th>" for key in keys)
-        remarks = "<br>".join(map(html.escape, self._remarks()))
-        return f"<table><tr>{head}</tr>{body}</table><p>{remarks}</p>"
 
 
 def verify(
@@ -145,7 +133,7 @@ def verify(
                 directory = directory.parent
                 here = {f"{part.folder}/{name}": size for name, size in here.items()}
                 known = {f"{part.folder}/{name}": facts for name, facts in known.items()}
-                rows = [replace(row, file=f"{part.folder}/{row.file}") for row in rows]
+                rows = [replace(row, name=f"{part.folder}/{row.name}") for row in rows]
                 beside = [directory / name for name in part.files if "/" not in name]
                 here |= {file.name: file.stat().st_size for file in beside if file.is_file()}
         published = {n: f for part in parts if part not in inside for n, f in part.files.items()}
@@ -158,16 +146,16 @@ def verify(
         for name, facts in published.items():
             known[name] = replace(facts, md5=facts.md5 or known.get(name, FileFacts()).md5)
         known |= {move.found: known[move.place] for move in moves}
-    names = sorted((here.keys() | known.keys()) - {row.file for row in rows})
+    names = sorted((here.keys() | known.keys()) - {row.name for row in rows})
     if not names and not rows:
         raise NotFound(f"There is no file in '{directory}'.", "", "Give the directory of a model.")
     judged, spent = _judge_all(directory, names, known, sum(here.values()))
-    if any(row.file == "(tensors)" for row in rows):
+    if any(row.name == "(tensors)" for row in rows):
         spent = ()  # the larger part was read elsewhere
     found = {move.place: f"It lies at '{move.found}'; --fix moves it." for move in moves}
-    rows += [replace(row, cause=found.get(row.file, row.cause)) for row in judged]
+    rows += [replace(row, cause=found.get(row.name, row.cause)) for row in judged]
     names = tuple(part.name for part in parts)
-    rows = tuple(sorted(rows, key=lambda row: row.file))
+    rows = tuple(sorted(rows, key=lambda row: row.name))
     return Verification(directory, rows, names, tuple(moves), *spent)
 
 
@@ -185,7 +173,7 @@ def _judge_all(directory: Path, names: list[str], known: dict[str, FileFacts], t
             with lock:
                 read[1] += seconds
 
-        def row_of(name: str) -> FileRow:
+        def row_of(name: str) -> Row:
             began = time.perf_counter()
             facts = known.get(name, FileFacts())
             row = compare_file(directory / name, name, facts, advance, on_read=add_read)
@@ -209,7 +197,7 @@ def _files(directory: Path) -> dict[str, int]:
     }
 
 
-def _verify_made(directory: Path) -> tuple[list[FileRow], dict[str, FileFacts], set[str]]:
+def _verify_made(directory: Path) -> tuple[list[Row], dict[str, FileFacts], set[str]]:
     """Check a directory that llamalab made, by its record: tensors by their digests.
 
     Returns a row for all tensors together, what is recorded of the other files, and the names
@@ -226,7 +214,7 @@ def _verify_made(directory: Path) -> tuple[list[FileRow], dict[str, FileFacts], 
             sums = digest_tensors(made, bar.update)
     except LabError as error:
         return (
-            [FileRow("(tensors)", "WRONG", expected, cause=error.why or error.what)],
+            [Row("WRONG", "(tensors)", "", expected, error.why or error.what)],
             known,
             covered,
         )
@@ -235,12 +223,12 @@ def _verify_made(directory: Path) -> tuple[list[FileRow], dict[str, FileFacts], 
     changed = [name for name in sorted(sums | then) if sums.get(name) != then.get(name)]
     cause = f"{len(changed)} of {len(sums)} tensors differ, {changed[0]} first." if changed else ""
     status = "OK" if found == expected else "WRONG"
-    return [FileRow("(tensors)", status, expected, found, cause)], known, covered
+    return [Row(status, "(tensors)", found, expected, cause)], known, covered
 
 
 def _verify_against(
     directory: Path, other: Path
-) -> tuple[list[FileRow], dict[str, FileFacts], set[str]]:
+) -> tuple[list[Row], dict[str, FileFacts], set[str]]:
     """Compare with another directory: tensors one by one if both have them, else file by file.
 
     Returns rows for the tensors, what is known of the other files, and the names of the files
@@ -272,7 +260,7 @@ def _holds_tensors(file: Path) -> bool:
     return file.name.endswith((".safetensors", ".bin", ".pth", ".index.json"))
 
 
-def _compare_tensors(ours: Checkpoint, theirs: Checkpoint) -> list[FileRow]:
+def _compare_tensors(ours: Checkpoint, theirs: Checkpoint) -> list[Row]:
     """Return a row for all tensors, and one for each of the first that differ and by how much.
 
     Read block by block, so memory does not grow with the model.
@@ -288,7 +276,7 @@ def _compare_tensors(ours: Checkpoint, theirs: Checkpoint) -> list[FileRow]:
                 for spec in (mine, other)
             )
             if not mine or not other or mine.shape != other.shape:
-                differ.append(FileRow(name, "WRONG", expected, found))
+                differ.append(Row("WRONG", name, found, expected))
                 continue
             sha256, count, most = hashlib.sha256(), 0, 0.0
             for start, stop in mine.blocks():
@@ -302,15 +290,15 @@ def _compare_tensors(ours: Checkpoint, theirs: Checkpoint) -> list[FileRow]:
                 cause = (
                     f"{count:,} of {math.prod(mine.shape):,} values differ, by {most:.3g} at most."
                 )
-                differ.append(FileRow(name, "WRONG", expected, found, cause))
+                differ.append(Row("WRONG", name, found, expected, cause))
     if differ:
         total = len(ours.tensors.keys() | theirs.tensors.keys())
-        cause = f"{len(differ):,} of {total:,} tensors differ, {differ[0].file} first."
+        cause = f"{len(differ):,} of {total:,} tensors differ, {differ[0].name} first."
         if ours.layout != theirs.layout:
             cause = "One is in Meta layout and one in HF layout: convert the one, then compare."
             differ = []
-        return [FileRow("(tensors)", "WRONG", cause=cause), *differ[:FIRST]]
-    return [FileRow("(tensors)", "OK", *[f"tensors {tensor_digest(sums)}"] * 2)]
+        return [Row("WRONG", "(tensors)", cause=cause), *differ[:FIRST]]
+    return [Row("OK", "(tensors)", *[f"tensors {tensor_digest(sums)}"] * 2)]
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[int, float]:

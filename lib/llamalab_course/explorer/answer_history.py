@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from llamalab.errors import DamagedFile
-
 from llamalab.catalog import project_directory
-from llamalab.files import locked, write_text
+from llamalab.errors import DamagedFile
+from llamalab.files import locked, write_whole
 
 from .requests import Result
 
@@ -65,4 +64,4 @@ class AnswerHistory:
             plain = [r for r in results if not r.starred]
             spare = {r.id for r in plain[: max(0, len(plain) - KEPT)]}
             lines = [json.dumps(asdict(r), ensure_ascii=True) for r in results if r.id not in spare]
-            write_text(self.path, "[\n" + ",\n".join(lines) + "\n]\n")
+            write_whole(self.path, "[\n" + ",\n".join(lines) + "\n]\n")
