@@ -18,7 +18,8 @@ import llamalab
 from llamalab import units
 from llamalab.checkpoints import output_directory, writer
 from llamalab.checkpoints.checkpoint import digest_tensors
-from llamalab.checkpoints.layouts import HFCheckpoint, open_checkpoint
+from llamalab.checkpoints.layouts import RECORD, HFCheckpoint, open_checkpoint
+from llamalab.checkpoints.output_directory import OutputDirectory
 from llamalab.errors import NotEnoughRoom, OutOfDate, OutputExists, UsageError
 
 
@@ -56,7 +57,7 @@ def test_torch_reads_the_archive(family, tmp_path):
 
 
 def test_the_record_tells_inputs_and_digest(family):
-    record = json.loads((family / "base-hf" / output_directory.RECORD).read_text())
+    record = json.loads((family / "base-hf" / RECORD).read_text())
     by_name = {os.path.basename(entry["path"]): entry for entry in record["inputs"]}
     content = (family / "base/7B/consolidated.00.pth").read_bytes()
     import hashlib
@@ -111,20 +112,20 @@ def test_what_is_no_longer_whole_is_not_already_made(family, tmp_path):
         (out / name).write_bytes(content)
     assert llamalab.convert(family / "base", out).already
     for text in ("{}", "[]", "", "{"):
-        (out / output_directory.RECORD).write_text(text)
+        (out / RECORD).write_text(text)
         with pytest.raises(OutputExists, match="not made by llamalab"):
             llamalab.convert(family / "base", out)
 
 
 def test_a_directory_filled_while_we_write_is_kept(family, tmp_path, monkeypatch):
-    out, put = tmp_path / "out", output_directory.put_in_place
+    out, put = tmp_path / "out", OutputDirectory.put_in_place
 
     def fill(*arguments):
         out.mkdir()
         (out / "thesis.txt").write_text("years of work")
         put(*arguments)
 
-    monkeypatch.setattr(writer, "put_in_place", fill)
+    monkeypatch.setattr(OutputDirectory, "put_in_place", fill)
     with pytest.raises(OutputExists, match="filled while"):
         llamalab.convert(family / "base", out)
     assert (out / "thesis.txt").read_text() == "years of work"
@@ -378,7 +379,7 @@ def test_two_processes_with_one_output(family, tmp_path):
     finally:
         process.communicate(timeout=120)
     assert process.returncode == 0
-    assert (tmp_path / "out" / output_directory.RECORD).exists()
+    assert (tmp_path / "out" / RECORD).exists()
 
 
 def test_overwriting_keeps_the_old_until_the_new_is_whole(family, tmp_path):
@@ -386,7 +387,7 @@ def test_overwriting_keeps_the_old_until_the_new_is_whole(family, tmp_path):
     llamalab.convert(family / "base", out)
     old = (out / "model.safetensors").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "put_in_place", lambda partial, out, overwrite: 1 / 0)
+        patch.setattr(OutputDirectory, "put_in_place", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             llamalab.convert(family / "base", out, context_length=5, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == old

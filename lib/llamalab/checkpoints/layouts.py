@@ -14,6 +14,9 @@ from .digests import diagnose_bytes, is_safe_relative
 from .recognition import base_of_params
 from .tensor_file import TensorFile
 
+RECORD = "llamalab.json"
+"""The record in every directory we make: inputs and digests, settings, versions, digest."""
+
 
 def read_json(path: Path) -> dict:
     """Return the JSON object in `path`.
@@ -241,7 +244,7 @@ class HFCheckpoint(Checkpoint):
         self.tokenizer = tokenizer if tokenizer.is_file() else None
         self.inputs = [directory / "config.json", *indexes, *files]
         self.inputs += [tokenizer] if self.tokenizer else []
-        made = directory / "llamalab.json"
+        made = directory / RECORD
         made_of = read_json(made).get("made_of") if made.is_file() else None
         self.made_of = tuple(made_of) if isinstance(made_of, list) else ()
 

@@ -19,30 +19,24 @@ from pathlib import Path
 
 import torch
 
-from ..errors import OutputExists
-from ..files import write_whole
+from ..files import require_room
 from ..progress import bytes_bar
 from ..units import parse_size
 from .checkpoint import Checkpoint, raw_bytes, tensor_digest
 from .containers import DirectFile, write_safetensors, write_torch_archive
 from .digests import hash_file
+from .layouts import RECORD
 from .output_directory import (
-    JOURNAL,
-    RECORD,
     Made,
-    already_made,
+    OutputDirectory,
     exclusive,
     json_bytes,
-    plan_of,
-    put_in_place,
-    refuse_bad_place,
     refuse_changed,
-    refuse_to_replace_strangers,
-    require_room_for_shards,
-    resume_shards,
-    state_of,
     versions_in_use,
 )
+
+SMALL_FILES = 64 * 2**20
+"""Bytes of room for all files of a model but the weights."""
 
 
 def plan_shards(checkpoint: Checkpoint, max_shard_size: int) -> dict[str, list[str]]:
@@ -99,39 +93,28 @@ def write(
         OutputExists, OutOfDate, UsageError, NotEnoughRoom: before anything is written.
         DamagedFile: an input turned out bad on the way; the output directory is as it was.
     """
-    out, began = Path(output_dir).expanduser().resolve(), time.monotonic()
-    refuse_bad_place(out, checkpoint.inputs)
-    if checkpoint.layout == "meta":
-        files = files | {"params.json": json_bytes(checkpoint.config)}
-    else:
-        generation = {"bos_token_id": 1, "eos_token_id": 2}
-        files = files | {
-            "config.json": json_bytes(checkpoint.config),
-            "generation_config.json": json_bytes(generation),
-        }
-    shards = plan_shards(checkpoint, parse_size(max_shard_size))
-    settings = {
-        "max_shard_size": parse_size(max_shard_size),
-        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-    }
-    inputs = [state_of(path) for path in dict.fromkeys(checkpoint.inputs)]
-    with exclusive(out) as partial:
-        if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-            try:
-                return already_made(out, inputs, settings)
-            except OutputExists:
-                if not overwrite:
-                    raise
-                refuse_to_replace_strangers(out)
-        done = resume_shards(partial, inputs, settings)
-        require_room_for_shards(checkpoint, shards, done, partial)
-        hashes = _write_shards(checkpoint, shards, partial, done, inputs, settings)
+    began, shard_size = time.monotonic(), parse_size(max_shard_size)
+    shards = plan_shards(checkpoint, shard_size)
+    files = files | _configuration(checkpoint)
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    settings = {"max_shard_size": shard_size, "files": sums}
+    out = OutputDirectory(output_dir, checkpoint.inputs, settings)
+    with exclusive(out.path):
+        if made := out.already_made(overwrite):
+            return made
+        out.resume()
+        left = [name for shard in shards.keys() - out.finished.keys() for name in shards[shard]]
+        require_room(
+            out.path.parent,
+            sum(checkpoint.tensors[name].nbytes for name in left) + SMALL_FILES,
+            "The model is written whole beside its inputs, before anything is replaced.",
+            "Make room, or choose an --output-dir on another disk.",
+        )
+        inputs = _write_shards(checkpoint, shards, out)
+        hashes = {name: sha for shard in out.finished.values() for name, sha in shard.items()}
         digest = tensor_digest({n: (s, hashes[n]) for n, s in checkpoint.tensors.items()})
         if len(shards) > 1:
-            index = {name: shard for shard, names in shards.items() for name in names}
-            files["model.safetensors.index.json"] = json_bytes(
-                {"metadata": {"total_size": checkpoint.total_bytes}, "weight_map": index}
-            )
+            files["model.safetensors.index.json"] = _index(checkpoint, shards)
         record = {
             "made_by": made_by,
             "made_of": list(checkpoint.made_of),
@@ -141,26 +124,31 @@ def write(
             "tensor_digest": digest,
             "tensors": hashes,
         }
-        for name, content in (files | {RECORD: json_bytes(record)}).items():
-            write_whole(partial / name, content)
-        put_in_place(partial, out, overwrite)
+        out.put_in_place(files | {RECORD: json_bytes(record)}, overwrite)
     total, seconds = checkpoint.total_bytes, time.monotonic() - began
-    return Made(out, digest, len(checkpoint.tensors), total, seconds)
+    return Made(out.path, len(checkpoint.tensors), total, seconds, tensor_digest=digest)
+
+
+def _configuration(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Return the configuration files of a checkpoint's layout, name -> content."""
+    if checkpoint.layout == "meta":
+        return {"params.json": json_bytes(checkpoint.config)}
+    return {
+        "config.json": json_bytes(checkpoint.config),
+        "generation_config.json": json_bytes({"bos_token_id": 1, "eos_token_id": 2}),
+    }
+
+
+def _index(checkpoint: Checkpoint, shards: dict[str, list[str]]) -> bytes:
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    total = {"total_size": checkpoint.total_bytes}
+    return json_bytes({"metadata": total, "weight_map": weight_map})
 
 
 def _write_shards(
-    checkpoint: Checkpoint,
-    shards: dict[str, list[str]],
-    partial: Path,
-    done: dict[str, dict[str, str]],
-    inputs: list[dict],
-    settings: dict,
-) -> dict[str, str]:
-    """Write the shards that are not in `done`, and add each input's sha256 to its entry.
-
-    Returns tensor name -> sha256, those of the shards done before included.
-    """
-    hashes = {name: sha for shard in done.values() for name, sha in shard.items()}
+    checkpoint: Checkpoint, shards: dict[str, list[str]], out: OutputDirectory
+) -> list[dict]:
+    """Write the shards that are not finished; return the inputs' states, each with its sha256."""
     stop = threading.Event()
 
     def go_on(_: int) -> None:
@@ -175,24 +163,23 @@ def _write_shards(
     ):
         try:
             # The inputs are hashed beside the writing, while their pages are in the cache.
-            sums = [pool.submit(hash_file, Path(e["path"]), on_bytes=go_on) for e in inputs]
+            paths = [Path(state["path"]) for state in out.inputs]
+            sums = [pool.submit(hash_file, path, on_bytes=go_on) for path in paths]
             for shard, names in shards.items():
-                if shard in done:
+                if shard in out.finished:
                     bar.update(sum(checkpoint.tensors[name].nbytes for name in names))
                     continue
-                done[shard] = _write_shard(checkpoint, names, partial / shard, hashing, bar.update)
-                hashes |= done[shard]
-                sizes = {name: (partial / name).stat().st_size for name in done}
-                journal = plan_of(inputs, settings) | {"shards": done, "sizes": sizes}
-                write_whole(partial / JOURNAL, json_bytes(journal))
-            for entry, result in zip(inputs, sums, strict=True):
-                entry["sha256"] = result.result()["sha256"]
-                refuse_changed(entry)
+                path = out.partial / shard
+                hashes = _write_shard(checkpoint, names, path, hashing, bar.update)
+                out.finish_shard(shard, hashes)
+            digests = [result.result() for result in sums]
+            for state in out.inputs:
+                refuse_changed(state)
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    return hashes
+    return [state | digest for state, digest in zip(out.inputs, digests, strict=True)]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy
@@ -25,6 +24,7 @@ from .. import catalog
 from ..checkpoints import (
     Checkpoint,
     DirectFile,
+    Made,
     TensorSpec,
     exclusive,
     one_thread,
@@ -58,29 +58,6 @@ LARGEST = {"F32": torch.finfo(torch.float32).max, "F16": 65504.0, "Q8_0": 127 * 
 """The largest value that each encoding can hold; Q8_0's scale is in fp16."""
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What an export has made: `total_bytes` is the file's size, `type` one of `TYPES`.
-
-    `already` is True when the file was there, byte for byte, and nothing was written.
-    """
-
-    path: Path
-    type: str
-    tensors: int
-    total_bytes: int
-    seconds: float
-    already: bool = False
-
-    def as_dict(self) -> dict:
-        return asdict(self) | {"path": str(self.path)}
-
-    def __str__(self) -> str:
-        what = f"{self.tensors} tensors, {self.type}, {self.total_bytes / 1e6:,.1f} MB"
-        how = "already made" if self.already else f"made in {self.seconds:.1f} s"
-        return f"{self.path} ({what}; {how})"
-
-
 def export(
     model: str | Path,
     output: str | Path,
@@ -92,7 +69,7 @@ def export(
     context_length: int | None = None,
     overwrite: bool = False,
     models_dir: str | Path = "",
-) -> Exported:
+) -> Made:
     """Write a model, with adapters merged on the way if any are named, as one file for llama.cpp.
 
     The bytes depend on the tensors, the configuration, the tokenizer and `type` alone, and for a
@@ -143,7 +120,8 @@ def export(
             _refuse_to_replace(out, overwrite)  # something may have come there meanwhile
             os.replace(unfinished, out)
             sync_directory(out.parent)
-        return Exported(out, type, len(plan.kinds), plan.size, time.monotonic() - began, already)
+        seconds = time.monotonic() - began
+        return Made(out, len(plan.kinds), plan.size, seconds, already, type=type)
 
 
 class _Plan:
