@@ -18,8 +18,8 @@ import synthetic
 from llamalab import diagnosis
 from llamalab.catalog.models_dir import project_directory
 from llamalab.checkpoints.layouts import HFCheckpoint
-from llamalab.diagnosis import FINDINGS, PAGES, answer_loss, diagnose
-from llamalab.errors import LabError, LabWarning, NotFound, UsageError
+from llamalab.diagnosis import PAGES, answer_loss, diagnose
+from llamalab.errors import LabError, LabWarning, NotFound, UsageError, findings
 from llamalab.inference.loading import load
 from llamalab.reports import Row
 from llamalab.surgery import adapter
@@ -216,7 +216,7 @@ def test_the_order_of_findings_and_what_was_not_looked_at(lab, tmp_path):
     tensors["model.embed_tokens.weight"][1000:] = 0
     save_file(tensors, model / "model.safetensors")
     found = diagnose(model, prompt="苹果" * 300, with_prompt=True, device="cpu")
-    order = list(FINDINGS)
+    order = list(findings())
     assert found.names == sorted(found.names, key=order.index) and len(found.names) == 5
     assert not found.notes
     command = next(f.command for f in found.findings if f.name == "unsound-values")
@@ -382,8 +382,8 @@ def test_every_name_in_the_code_is_in_the_table():
         named |= set(re.findall(r'finding="([a-z-]+)"', text))
         named |= set(re.findall(r'(?:finding, why|finding|name) = "([a-z]+-[a-z-]+)"', text))
         named |= set(re.findall(r'_found\(\s*"([a-z-]+)"', text))
-    assert named <= FINDINGS.keys()
-    assert FINDINGS.keys() - named <= {"another-base", "missing-predecessor", "no-template",
+    assert named <= findings().keys()
+    assert findings().keys() - named <= {"another-base", "missing-predecessor", "no-template",
                                        "template-on-llama"}  # fmt: skip
     with pytest.raises(LabError) as error:
         load(project_directory() / "data" / "lab" / "chinese-llama-lora-lab")

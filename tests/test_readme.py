@@ -13,6 +13,7 @@ import pytest
 from llamalab import catalog, diagnosis
 from llamalab.catalog.models_dir import project_directory
 from llamalab.catalog.sizes import needs
+from llamalab.errors import findings
 from llamalab.units import size_text
 from llamalab_runs import notebooks
 
@@ -60,13 +61,11 @@ def test_the_python_example_runs(tmp_path):
 def test_the_troubleshooting_table_is_current():
     made = README.split("<!-- findings: made by python -m llamalab.diagnosis -->\n")[1]
     assert made.split("\n\n")[0] == diagnosis.findings_table()
-    assert made.split("\n\n")[0].count("\n") == len(diagnosis.FINDINGS) + 1
+    assert made.split("\n\n")[0].count("\n") == len(findings()) + 1
 
 
 def test_quoted_messages_are_tested_ones():
-    quoted = {
-        text for k in diagnosis.FINDINGS.values() for text in re.findall("`([^`]+)`", k.symptom)
-    }
+    quoted = {text for k in findings().values() for text in re.findall("`([^`]+)`", k.symptom)}
     assert len(quoted) >= 5
     sources = "\n".join(
         p.read_text("utf-8") for p in (ROOT / "lib").rglob("*.py") if p.stem != "diagnosis"

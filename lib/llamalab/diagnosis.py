@@ -12,7 +12,6 @@ The rest are doubts that no program of the field raises, each one a function her
 from __future__ import annotations
 
 import shlex
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -26,8 +25,8 @@ from packaging.specifiers import SpecifierSet
 from . import catalog
 from .catalog import locate
 from .checkpoints import Checkpoint, open_checkpoint, read_json
-from .errors import LabError
-from .inference import TEMPLATES, Model, fault_of, model_of, pick_device, template_mistake
+from .errors import LabError, findings
+from .inference import Model, fault_of, model_of, pick_device, render_text, template_mistake
 from .progress import bytes_bar
 from .reports import Report, Row
 from .surgery import (
@@ -41,23 +40,6 @@ from .surgery import (
     unpermute,
     with_adapters,
 )
-
-
-class Kind(NamedTuple):
-    """One line of the troubleshooting table; `findings.toml` says what its columns hold."""
-
-    symptom: str
-    cause: str
-    command: str
-
-
-FINDINGS = {
-    name: Kind(**entry)
-    for name, entry in tomllib.loads(
-        Path(__file__).with_name("findings.toml").read_text(encoding="utf-8")
-    ).items()
-}
-"""Every finding by name, in the order in which a reader should look for it."""
 
 PAGES = (
     "What is the capital of France? The capital of France is Paris.\n"
@@ -89,7 +71,7 @@ class Diagnosis(Report):
 
     Attributes:
         rows: what the weights are, what could not be judged and why, and a row with the status
-            FOUND for each finding, in the order of `FINDINGS`: the first is the one to mend first.
+            FOUND for each finding, in the order of `findings.toml`: the first is the one to mend first.
         looked_at: what was looked at.
     """
 
@@ -194,10 +176,9 @@ class _Case:
         except LabError as error:
             name = error.finding or "damaged-file"
             if name not in self.findings:
-                why = error.why or FINDINGS[name].cause
-                command = self._filled_in(FINDINGS[name].command)
+                command = self._filled_in(findings()[name].command)
                 self.findings[name] = Row(
-                    "FOUND", name, error.what, cause=why, fix=error.fix, command=command
+                    "FOUND", name, error.what, cause=error.why, fix=error.fix, command=command
                 )
             return None
 
@@ -213,7 +194,7 @@ class _Case:
     def end(self, subject: str) -> Diagnosis:
         looked_at = tuple(dict.fromkeys(self.looked_at))
         rows = [Row("INFO", "model", subject), *(Row("INFO", "note", note) for note in self.notes)]
-        rows += [self.findings[name] for name in FINDINGS if name in self.findings]
+        rows += [self.findings[name] for name in findings() if name in self.findings]
         if not self.findings:
             rows.append(Row("OK", "findings", f"none; looked at: {', '.join(looked_at)}"))
         return Diagnosis(tuple(rows), looked_at)
@@ -242,7 +223,6 @@ def _check_versions(adapters: Sequence[Adapter | None]) -> None:
                 "versions",
                 f"{package} {installed} is installed; it {what}.",
                 "llamalab merges without it; scripts that merge with it may give other weights.",
-                f"Install a {package} in the range that 'llamalab check' shows.",
             )
 
 
@@ -256,8 +236,6 @@ def _check_new_pieces(adapters: Sequence[Adapter], view: Checkpoint) -> None:
                     "adapter-without-embeddings",
                     f"{adapter.tokenizer} has {pieces:,} pieces, the model has "
                     f"{view.vocab_size:,} rows, and the adapter brings no embeddings.",
-                    "The pieces that were added to the vocabulary have no meaning.",
-                    "Save the adapter again with embed_tokens and lm_head in modules_to_save.",
                 )
 
 
@@ -274,7 +252,6 @@ def _check_bos(case: _Case, view: Checkpoint) -> None:
                 "meta-weights",
                 f"{directory} holds Meta's weights beside transformers' tokenizer_config.json.",
                 "transformers finds no config.json here, and no weights under its names.",
-                f"Run 'llamalab convert --input-dir {directory} --output-dir OUT'.",
             )
         case.notes.append(
             "Weights in Meta layout. transformers does not read them ('does not appear to have a "
@@ -311,8 +288,6 @@ def _check_dtypes(view: Checkpoint) -> None:
         raise _found(
             "unexpected-dtype",
             f"The weights are of {len(dtypes)} dtypes: {seen}.",
-            "One model is written in one dtype; this one was put together from two.",
-            "Make the model again from its parts.",
         )
 
 
@@ -335,16 +310,13 @@ def _check_template(case: _Case, family: str, with_prompt: bool | None) -> None:
 
 
 def _check_prompt(view: Checkpoint, prompt: str, with_prompt: bool) -> None:
-    text = TEMPLATES["alpaca" if with_prompt else "none"].render(prompt)
-    text = text.encode("utf-8", "replace").decode()  # as generate does with half a surrogate pair
+    text = render_text(prompt, "alpaca" if with_prompt else "none")
     tokens = len(Tokenizer(view.tokenizer).encode(text))
     context = view.config["max_position_embeddings"]
     if tokens >= context:
         raise _found(
             "long-prompt",
             f"The prompt has {tokens:,} tokens, and the context holds {context:,}.",
-            "The model was never trained on longer texts.",
-            "Shorten the prompt or the conversation.",
         )
 
 
@@ -374,8 +346,6 @@ def _check_appended_rows(view: Checkpoint) -> None:
             "untrained-rows",
             f"The {last - first:,} appended rows of {name} {seen}; the old ones vary by "
             f"{old.spread:.1%}.",
-            "They are as an initialiser left them: the adapter's embeddings were dropped.",
-            "Merge again with 'llamalab merge', which replaces both embeddings whole.",
         )
 
 
@@ -413,7 +383,6 @@ def _check_values(view: Checkpoint) -> bool:
                     "unsound-values",
                     f"The weights {name} {(wrong or faults)[0]}.",
                     "Every answer passes through them, and none will mean anything.",
-                    "Run 'llamalab verify' on the directory; make or download the model again.",
                 )
     return True
 
@@ -447,7 +416,6 @@ def _check_order(case: _Case, view: Checkpoint, device: str) -> None:
                 f"rows of q and k {best}.",
                 f"They were {'never permuted' if never else 'permuted twice'}: the model mixes up "
                 "which words are near each other.",
-                "Convert Meta's original files again with 'llamalab convert'.",
             )
 
     case.look("order of q and k", check)
@@ -483,7 +451,7 @@ def answer_loss(model: Model, pages: Sequence[str] = PAGES) -> float:
 def findings_table() -> str:
     """Return README's troubleshooting table, in Markdown."""
     lines = ["| what you see | why | what helps | `diagnose` says |", "|---|---|---|---|"]
-    for name, kind in FINDINGS.items():
+    for name, kind in findings().items():
         is_command = kind.command.startswith(("llamalab ", "cp "))
         helps = f"`{kind.command}`" if is_command else kind.command
         lines.append(f"| {kind.symptom} | {kind.cause} | {helps} | {name} |")

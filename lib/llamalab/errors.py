@@ -6,21 +6,45 @@ and exits with `exit_code`; with `--json` it prints `as_dict()` on standard outp
 
 from __future__ import annotations
 
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Finding(NamedTuple):
+    """A fault that has a name, as `findings.toml` explains it; that file says what each field is."""
+
+    symptom: str
+    cause: str
+    fix: str
+    command: str
+
+
+@cache
+def findings() -> dict[str, Finding]:
+    """Return every finding by name, in the order in which a reader should look for it."""
+    file = Path(__file__).with_name("findings.toml")
+    table = tomllib.loads(file.read_text(encoding="utf-8"))
+    return {name: Finding(**entry) for name, entry in table.items()}
+
 
 class LabError(Exception):
     """Base of every error that llamalab raises on purpose.
 
     Args:
         what: one sentence, what happened; it names the file, tensor or option.
-        why: one sentence, the likely reason.
-        fix: one sentence, what to do next; a command where there is one.
-        finding: the name under which `diagnosis.FINDINGS` explains this error, if it does.
+        why: one sentence, the likely reason; that of the finding, if none is given.
+        fix: one sentence, what to do next, a command where there is one; likewise.
+        finding: the name under which `findings.toml` explains this error, if it does.
     """
 
     exit_code = 1
 
     def __init__(self, what: str, why: str = "", fix: str = "", *, finding: str = ""):
         super().__init__(what)
+        if finding:
+            why, fix = why or findings()[finding].cause, fix or findings()[finding].fix
         self.what, self.why, self.fix, self.finding = what, why, fix, finding
 
     def __str__(self) -> str:

@@ -21,7 +21,15 @@ from llamalab import catalog
 from llamalab.catalog import AFFORDABLE, locate, models_directory
 from llamalab.errors import Incompatible, LabError, NotEnoughRoom, NotFound, UsageError
 from llamalab.files import write_whole
-from llamalab.inference import Answer, Batch, Model, fitting_batch, loading
+from llamalab.inference import (
+    Answer,
+    Batch,
+    Model,
+    Sampling,
+    fitting_batch,
+    loading,
+    render_text,
+)
 from llamalab.surgery import adapter
 from llamalab.units import size_text
 
@@ -129,8 +137,8 @@ def answering(on: str, how: dict) -> Iterator[tuple[Model, Callable]]:
         )
         there = how | parts | {"dtype": str(chosen).removeprefix("torch.")}
 
-        def answer(batches: list[Batch], settings: dict) -> Iterator[list[Answer]]:
-            waiting = [task.remote(there, *batch, settings) for batch in batches]
+        def answer(batches: list[Batch], sampling: Sampling) -> Iterator[list[Answer]]:
+            waiting = [task.remote(there, *batch, sampling) for batch in batches]
             while waiting:
                 try:
                     yield ray.get(waiting.pop(0))
@@ -142,19 +150,21 @@ def answering(on: str, how: dict) -> Iterator[tuple[Model, Callable]]:
         ray.shutdown()
 
 
-def answer_batch(how: dict, prompts: list[str], seeds: list[int], settings: dict) -> list[Answer]:
+def answer_batch(
+    how: dict, prompts: list[str], seeds: list[int], sampling: Sampling
+) -> list[Answer]:
     """On a machine of the cluster: answer prompts, as many at once as its memory holds."""
     global _model
     if _model is None or _model[0] != how:
         _model = (how, loading.load(**how))
     model = _model[1]
-    texts = [model.text_for(prompt, settings["template"]) for prompt in prompts]
+    texts = [render_text(prompt, sampling.template) for prompt in prompts]
     longest = max(len(model.tokenizer.encode(text)) for text in texts)
-    size = fitting_batch(model, longest + settings["max_new_tokens"])
+    size = fitting_batch(model, longest + sampling.max_new_tokens)
     answers = []
     for at in range(0, len(prompts), size):
         some = slice(at, at + size)
-        answers += model.generate_batch(prompts[some], seeds=seeds[some], **settings)
+        answers += model.generate_batch(prompts[some], seeds=seeds[some], **sampling.as_dict())
     return answers
 
 

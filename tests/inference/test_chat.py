@@ -10,15 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from llamalab.errors import OutputExists, UsageError
 from llamalab.inference.chat import Chat
 from llamalab.inference.loading import load
+from llamalab.inference.sampling import Sampling
 
 SETTINGS = {"template": "alpaca", "temperature": 0, "top_p": 0.9, "top_k": 40, "stop": []}
-SETTINGS |= {"repetition_penalty": 1.1, "max_new_tokens": 30, "seed": None}
+SETTINGS |= {"repetition_penalty": 1.1, "max_new_tokens": 30}
+SAMPLING = Sampling(**SETTINGS)
+SETTINGS |= {"seed": None}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def model(lab):
 
 @pytest.fixture
 def chat(model):
-    return Chat(model, SETTINGS)
+    return Chat(model, SAMPLING)
 
 
 def test_a_turn_knows_the_turns_before_it(chat, model):
@@ -46,7 +50,7 @@ def test_a_turn_knows_the_turns_before_it(chat, model):
 
 
 def test_the_llama_family_answers_each_prompt_alone(lab):
-    chat = Chat(load(lab / "chinese-llama-lab", device="cpu"), SETTINGS | {"template": "none"})
+    chat = Chat(load(lab / "chinese-llama-lab", device="cpu"), replace(SAMPLING, template="none"))
     chat.ask("苹果是")
     assert chat.ask("它是").prompt == "它是" and not chat.has_turns
 

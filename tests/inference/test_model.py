@@ -10,11 +10,12 @@ import torch
 
 import llamalab
 from llamalab.errors import Incompatible, NotFound, UsageError
-from llamalab.inference import model as model_module
-from llamalab.inference.decoding import AnswerRow
+from llamalab.inference import decoding
+from llamalab.inference.decoding import FEWEST_HALVED, AnswerRow
 from llamalab.inference.loading import load, pick_device
-from llamalab.inference.model import FEWEST_HALVED, answer_all
-from llamalab.inference.templates import TEMPLATES
+from llamalab.inference.model import answer_all
+from llamalab.inference.sampling import Sampling
+from llamalab.inference.templates import TEMPLATES, render_text
 from llamalab.surgery.tokenizer import Tokenizer
 from llamalab_course.family import scores, world
 
@@ -94,7 +95,7 @@ def test_streamed_text_is_the_answer_in_whole_characters(family):
     tokenizer = Tokenizer(family / "base")  # Chinese is bytes for it
     prompt, text = tokenizer.encode("the"), " 苹果 cat 植物"
     ids = tokenizer.encode("the" + text)[len(prompt) :]
-    given, settings = [], {"max_new_tokens": 50, "stop": []}
+    given, settings = [], Sampling(max_new_tokens=50)
     model = SimpleNamespace(tokenizer=tokenizer, context_length=100)
     row = AnswerRow(model.tokenizer, model.context_length, "the", 0, settings, on_text=given.append)
     for end in range(1, len(ids) + 1):
@@ -230,7 +231,7 @@ def test_finished_rows_are_left_behind_and_the_others_go_on_as_before(lab, monke
     for prompt, seed, answer in zip(prompts, range(32), found, strict=True):
         single = model.generate(prompt, seed=seed, **settings)
         assert (answer.answer_ids, answer.text) == (single.answer_ids, single.text)
-    monkeypatch.setattr(model_module, "FEWEST_HALVED", 1000)
+    monkeypatch.setattr(decoding, "FEWEST_HALVED", 1000)
     assert [a.answer_ids for a in batch()] == [a.answer_ids for a in found]
 
 
@@ -306,7 +307,7 @@ def test_a_batch_stops_each_row_at_its_own_stop_text(lab):
 
 def test_a_history_is_cut_by_tokens_from_its_oldest_turn(model):
     turns = [("the cat sat", "on the mat"), ("the dog ran", "to the house"), ("the", "red")]
-    full = len(model.tokenizer.encode(model.text_for("cat", "alpaca", turns)))
+    full = len(model.tokenizer.encode(render_text("cat", "alpaca", turns)))
     model.context_length, kept = full + 10, model.context_length
     try:
         assert model.fitting_history("cat", "alpaca", turns, room=10) == turns

@@ -19,6 +19,7 @@ from llamalab.errors import DamagedFile, Incompatible, NotFound, OutputExists
 from llamalab.inference import predictions
 from llamalab.inference.loading import load
 from llamalab.inference.predictions import predict, read_prompts
+from llamalab.inference.sampling import Sampling
 from llamalab_course.family import scores, world
 
 GREEDY = {"template": "alpaca", "temperature": 0, "top_p": 0.9, "top_k": 40, "stop": []}
@@ -47,7 +48,7 @@ def data_file(tmp_path, questions):
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_each_line_is_what_generate_gives(model, questions, data_file, tmp_path, settings):
     out = tmp_path / "deep" / "out.jsonl"
-    done = predict(model, data_file, out, settings=settings, seed=40, batch_size=5)
+    done = predict(model, data_file, out, sampling=Sampling(**settings), seed=40, batch_size=5)
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert done.lines == len(lines) == len(questions) and done.already == 0
     for i, (line, prompt) in enumerate(zip(lines, questions, strict=True)):
@@ -65,10 +66,10 @@ def test_each_line_is_what_generate_gives(model, questions, data_file, tmp_path,
 
 def test_a_finished_file_is_not_asked_again(model, data_file, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
-    first = predict(model, data_file, out, settings=SAMPLED)  # the seed is drawn
+    first = predict(model, data_file, out, sampling=Sampling(**SAMPLED))  # the seed is drawn
     content = out.read_bytes()
     monkeypatch.setattr(model, "generate_batch", None)
-    again = predict(model, data_file, out, settings=SAMPLED)
+    again = predict(model, data_file, out, sampling=Sampling(**SAMPLED))
     assert (again.already, again.seed) == (again.lines, first.seed)
     assert out.read_bytes() == content
 
@@ -76,34 +77,34 @@ def test_a_finished_file_is_not_asked_again(model, data_file, tmp_path, monkeypa
 @pytest.mark.parametrize("cut", [0, 1, 150, 700, 1300])
 def test_a_file_cut_anywhere_is_completed(model, data_file, tmp_path, cut):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    predict(model, data_file, whole, settings=SAMPLED, seed=3, batch_size=4)
+    predict(model, data_file, whole, sampling=Sampling(**SAMPLED), seed=3, batch_size=4)
     out.write_bytes(whole.read_bytes()[:cut])
-    done = predict(model, data_file, out, settings=SAMPLED, seed=3, batch_size=4)
+    done = predict(model, data_file, out, sampling=Sampling(**SAMPLED), seed=3, batch_size=4)
     assert out.read_bytes() == whole.read_bytes()
     assert done.already == whole.read_bytes()[:cut].count(b"\n")
 
 
 def test_what_else_lies_there_is_kept(model, data_file, tmp_path):
     out = tmp_path / "out.jsonl"
-    predict(model, data_file, out, settings=GREEDY, seed=0)
+    predict(model, data_file, out, sampling=Sampling(**GREEDY), seed=0)
     content = out.read_bytes()
     longer = tmp_path / "other.txt"
     longer.write_text("苹果\n" + data_file.read_text(encoding="utf-8"), encoding="utf-8")
     changes = [
         {"data_file": longer},
-        {"settings": GREEDY | {"max_new_tokens": 9}},
+        {"sampling": Sampling(**GREEDY | {"max_new_tokens": 9})},
         {"seed": 1},
         {"origin": {"base_model": "another"}},
     ]
     for change in changes:
-        how = {"data_file": data_file, "settings": GREEDY, "seed": 0} | change
+        how = {"data_file": data_file, "sampling": Sampling(**GREEDY), "seed": 0} | change
         with pytest.raises(OutputExists, match="something else"):
             predict(model, how.pop("data_file"), out, **how)
         assert out.read_bytes() == content
     for text in ("notes of mine\n", "notes", '{"index": 0}\n', "[1]\n"):
         out.write_text(text)
         with pytest.raises(OutputExists):
-            predict(model, data_file, out, settings=GREEDY, seed=0)
+            predict(model, data_file, out, sampling=Sampling(**GREEDY), seed=0)
         assert out.read_text() == text
 
 
@@ -112,14 +113,14 @@ def test_two_at_once_do_not_mix(model, data_file, tmp_path):
     with out.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(OutputExists, match="another process"):
-            predict(model, data_file, out, settings=GREEDY)
+            predict(model, data_file, out, sampling=Sampling(**GREEDY))
 
 
 def test_a_prompt_too_long_is_named_before_any_is_asked(model, tmp_path):
     data, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
     data.write_text('{"prompt": "ok"}\n' + json.dumps({"prompt": "苹果 " * 300}) + "\n")
     with pytest.raises(Incompatible, match="Prompt 1 of"):
-        predict(model, data, out, settings=GREEDY)
+        predict(model, data, out, sampling=Sampling(**GREEDY))
     assert not out.exists()
 
 

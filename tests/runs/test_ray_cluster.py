@@ -14,7 +14,7 @@ import torch
 
 from books import notebook
 from llamalab.errors import Incompatible, NotEnoughRoom, NotFound, UsageError
-from llamalab.inference import sampling
+from llamalab.inference import Sampling
 from llamalab_course.family import scores, world
 from llamalab_runs import preflight, ray_cluster, sweep
 
@@ -153,10 +153,10 @@ def test_prompts_need_the_model_on_every_machine(lab, tmp_path, machines, monkey
     how["tokenizer_path"] = None
     with ray_cluster.answering(address, how) as (model, answer):
         assert model.network.dtype == torch.float32 and model.device.type == "meta"
-        settings = {"template": "alpaca", "temperature": -1}
+        wrong = Sampling(template="alpaca")
+        object.__setattr__(wrong, "temperature", -1)
         with pytest.raises(UsageError, match="temperature"):  # an error there is the error here
-            settings = sampling.SAMPLING | settings | {"stop": []}
-            next(answer([(["苹果是植物吗"], [0])], settings))
+            next(answer([(["苹果是植物吗"], [0])], wrong))
     real = ray_cluster._require_there
     elsewhere = {"parts": {"base_model": str(tmp_path / "absent")}}
     monkeypatch.setattr(ray_cluster, "_require_there", lambda r, m, parts: real(r, m, **elsewhere))

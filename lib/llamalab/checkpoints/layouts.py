@@ -31,9 +31,7 @@ def read_json(path: Path) -> dict:
         reason = "it is not a JSON object"
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = diagnose_bytes(path) or str(error)
-    raise DamagedFile(
-        f"{path} cannot be read: {reason}.", "", "Download the file again.", finding="damaged-file"
-    )
+    raise DamagedFile(f"{path} cannot be read: {reason}.", finding="damaged-file")
 
 
 def _require_numbers(path: Path, config: dict, *keys: str) -> None:
@@ -87,8 +85,6 @@ class MetaCheckpoint(Checkpoint):
         if self.tokenizer is None:
             raise NotFound(
                 f"tokenizer.model is neither in {folder} nor above it.",
-                "The converted model would have no vocabulary.",
-                "Put Meta's tokenizer.model beside the size folder.",
                 finding="no-tokenizer",
             )
         self.inputs = [folder / "params.json", *paths, self.tokenizer]
@@ -124,7 +120,6 @@ class MetaCheckpoint(Checkpoint):
                 raise WrongLayout(
                     f"{first.path} holds tensors under Hugging Face's names.",
                     "The file was renamed; its rows of q and k are in the other order, too.",
-                    "Give it back its name pytorch_model.bin, beside its own config.json.",
                     finding="hf-weights",
                 )
             if name not in specs:
@@ -269,7 +264,6 @@ def _hf_files(directory: Path) -> tuple[list[Path], list[Path]]:
                 raise NotFound(
                     f"{directory / missing[0]} is missing.",
                     f"{index.name} names {len(names)} shards, of which {len(missing)} are not there.",
-                    "Make or download the model again.",
                     finding="damaged-file",
                 )
             return [directory / name for name in names], [index]
@@ -278,7 +272,6 @@ def _hf_files(directory: Path) -> tuple[list[Path], list[Path]]:
     raise NotFound(
         f"{directory} has a config.json and no weights.",
         "model.safetensors or pytorch_model.bin, or an index of shards, is needed.",
-        "Download or make the model again.",
         finding="damaged-file",
     )
 
@@ -286,9 +279,6 @@ def _hf_files(directory: Path) -> tuple[list[Path], list[Path]]:
 def _meta_weights(directory: Path, what: str) -> WrongLayout:
     return WrongLayout(
         what,
-        "A config.json copied from elsewhere does not make the weights it lies beside HF layout.",
-        f"Take the config.json away, and run 'llamalab convert --input-dir {directory} "
-        "--output-dir OUT'.",
         finding="meta-weights",
     )
 
@@ -306,14 +296,11 @@ def open_checkpoint(directory: str | Path, model_size: str | None = None) -> Che
         if (directory / "adapter_config.json").is_file():
             raise WrongLayout(
                 f"{directory} is an adapter, not a model.",
-                "An adapter holds differences to a base model's weights.",
-                "Give it as --lora-model, and its base model as --base-model.",
                 finding="adapter-as-model",
             ) from None
         raise WrongLayout(
             f"{directory} does not appear to have a file named config.json, nor params.json.",
             error.why,
-            "Give a directory in HF layout, or Meta's size folder or its parent.",
             finding="no-config",
         ) from None
     return MetaCheckpoint(folder)

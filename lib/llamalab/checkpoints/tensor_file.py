@@ -27,8 +27,6 @@ class TensorFile:
         if not path.is_file():
             raise NotFound(
                 f"{path} is missing.",
-                "",
-                "Check the path, or download it again.",
                 finding="damaged-file",
             )
         open_file = self._open_safetensors if path.suffix == ".safetensors" else self._open_torch
@@ -37,8 +35,6 @@ class TensorFile:
             if spec.dtype not in SAFETENSORS_NAMES:
                 raise DamagedFile(
                     f"Tensor {name} in {path.name} is of dtype {spec.dtype}.",
-                    "Weights come as float16, bfloat16 or float32; this file may be quantised.",
-                    "Use the original, unquantised weights.",
                     finding="unexpected-dtype",
                 )
 
@@ -84,7 +80,6 @@ class TensorFile:
         return DamagedFile(
             f"{self.path} cannot be read as weights.",
             cause[:1].upper() + cause[1:].rstrip(".") + ".",
-            "Run 'llamalab verify' on its directory, and download the file again.",
             finding="damaged-file",
         )
 

@@ -8,9 +8,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "chat": ["Chat", "talk"],
         "decoding": ["AnswerRow", "fitting_threads"],
         "loading": ["fault_of", "generate", "load", "memory_needed", "model_of", "pick_device"],
-        "model": ["Answer", "FEWEST_HALVED", "Model", "answer_all"],
+        "model": ["Answer", "Model", "answer_all"],
         "predictions": ["Batch", "fitting_batch", "predict", "read_prompts"],
-        "sampling": ["SAMPLING", "check_seed", "effective", "template_mistake"],
-        "templates": ["TEMPLATES", "Turn"],
+        "sampling": ["Sampling", "Setting", "check_seed", "settings"],
+        "templates": ["TEMPLATES", "Turn", "render_text", "template_mistake"],
     },
 )

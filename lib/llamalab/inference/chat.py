@@ -14,11 +14,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import LabError, OutputExists, UsageError
 from .model import Answer, Model
-from .sampling import check_seed, check_settings
+from .sampling import Sampling, check_seed
 from .templates import Turn
 
 HELP = """\
@@ -35,19 +36,25 @@ class Chat:
     """A conversation: what was said, and the settings for what comes next.
 
     Attributes:
-        settings: those of `Model.generate`, and `seed`, which is None for another each time.
+        sampling: the settings of the next answer.
+        seed: of the next answer; None for another each time.
         turns: (instruction, answer), of the template that is in use; none without one.
         said: every answer since the beginning or the last /clear.
     """
 
-    def __init__(self, model: Model, settings: dict):
-        self.model, self.settings = model, dict(settings)
+    def __init__(self, model: Model, sampling: Sampling, seed: int | None = None):
+        self.model, self.sampling, self.seed = model, sampling, seed
         self.turns: list[Turn] = []
         self.said: list[tuple[str, Answer]] = []
 
     @property
+    def settings(self) -> dict:
+        """What /set lists and changes."""
+        return self.sampling.as_dict() | {"seed": self.seed}
+
+    @property
     def has_turns(self) -> bool:
-        return self.settings["template"] != "none" and self.model.family != "llama"
+        return self.sampling.template != "none" and self.model.family != "llama"
 
     def ask(
         self,
@@ -56,9 +63,9 @@ class Chat:
         stop_when: Callable[[], bool] | None = None,
     ) -> Answer:
         """Answer `prompt` with what was said before it, as far as the context holds that."""
-        room = min(self.settings["max_new_tokens"], self.model.context_length // 2)
+        room = min(self.sampling.max_new_tokens, self.model.context_length // 2)
         history = self.turns if self.has_turns else []
-        history = self.model.fitting_history(prompt, self.settings["template"], history, room)
+        history = self.model.fitting_history(prompt, self.sampling.template, history, room)
         answer = self.model.generate(
             prompt, history=history, on_text=on_text, stop_when=stop_when, **self.settings
         )
@@ -99,22 +106,16 @@ class Chat:
             try:
                 value = ast.literal_eval(text)
             except (ValueError, SyntaxError):
-                value = [text] if name == "stop" and text else None
-            if name == "stop" and isinstance(value, (str, int, float)):
-                value = [str(value)]
-            numbers = (
-                (int, float) if name in ("temperature", "top_p", "repetition_penalty") else int
-            )
-            ok = isinstance(value, list) if name == "stop" else isinstance(value, numbers)
-            if isinstance(value, bool) or not (ok or (name == "seed" and text == "None")):
-                raise UsageError(
-                    f"'{text}' is no value for {name}, which is {self.settings[name]}."
-                )
-        changed = self.settings | {name: value}
-        check_settings(changed)
-        if changed["seed"] is not None:
-            check_seed(changed["seed"])
-        self.settings = changed
+                pass
+        if name == "stop":
+            value = [str(item) for item in (value if isinstance(value, list) else [value])]
+        if name == "seed":
+            if value is not None and type(value) is not int:
+                raise UsageError(f"'{text}' is no value for seed, which is {self.seed}.")
+            check_seed(value or 0)
+            self.seed = value
+        else:
+            self.sampling = replace(self.sampling, **{name: value})
         if name == "template":
             self.turns = []
         return f"{name} {value}"
@@ -122,19 +123,19 @@ class Chat:
     def _save(self, file: str) -> str:
         if not file:
             raise UsageError("/save wants the name of a file.")
-        held = [
+        answers = [
             {"prompt": prompt, "answer": answer.text, "seed": answer.seed}
             | {"settings": answer.settings}
             for prompt, answer in self.said
         ]
         try:
             with Path(file).expanduser().open("x", encoding="utf-8") as out:
-                json.dump(held, out, ensure_ascii=False, indent=1)
+                json.dump(answers, out, ensure_ascii=False, indent=1)
         except FileExistsError:
             raise OutputExists(f"{file} is there already.", "", "Name another file.") from None
         except OSError as error:
             raise UsageError(f"{file} cannot be written: {error.strerror}.") from None
-        return f"{len(held)} answers in {file}"
+        return f"{len(answers)} answers in {file}"
 
 
 def talk(chat: Chat) -> None:
@@ -145,7 +146,7 @@ def talk(chat: Chat) -> None:
     with contextlib.suppress(ImportError):  # editing of lines, where the system has it
         import readline  # noqa: F401
     kind = "several turns" if chat.has_turns else "each prompt stands alone"
-    _tell(f"{chat.settings['template']} template, {kind}. /help lists what else there is.")
+    _tell(f"{chat.sampling.template} template, {kind}. /help lists what else there is.")
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while True:
         try:
@@ -160,7 +161,7 @@ def talk(chat: Chat) -> None:
             _say("\n")
             if stopped():
                 _tell("(stopped)")
-            if chat.settings["seed"] is None and answer.settings["temperature"] > 0:
+            if chat.seed is None and answer.settings["temperature"] > 0:
                 _tell(f"seed {answer.seed}")
         except EOFError:
             return

@@ -1,14 +1,11 @@
 """Inference: a model in memory that answers prompts.
 
-Decoding is transformers' own. Ours is what surrounds it: SentencePiece, the tokenizer the models
-were trained with; chance that is fixed by seed and position, so that an answer does not depend on
-the prompts that were answered beside it; text given out in whole characters.
+What is asked, and what an answer holds; how it grows is in `decoding`.
 """
 
 from __future__ import annotations
 
 import html
-import os
 import random
 import time
 import warnings
@@ -20,15 +17,9 @@ import torch
 from .. import catalog
 from ..errors import LabWarning
 from ..surgery import Tokenizer
-from .decoding import AnswerRow, Draw, Ends, fitting_threads
-from .sampling import SAMPLING, effective, template_mistake
-from .templates import TEMPLATES, Turn
-
-FEWEST_HALVED = 8
-"""Rows of a batch that goes on without its finished rows as soon as they are half of it."""
-
-COMPILED_FROM = 1_000_000_000
-"""Parameters of a model whose decoding step is compiled on CUDA; below, it would not pay."""
+from .decoding import AnswerRow, Decoder, fitting_threads
+from .sampling import Sampling
+from .templates import Turn, render_text, template_mistake
 
 
 @dataclass(frozen=True)
@@ -90,7 +81,7 @@ class Model:
         network: transformers' `LlamaForCausalLM`.
         tokenizer: the SentencePiece `Tokenizer`.
         context_length: the longest prompt and answer together, in tokens.
-        decoding: what transformers' `generate` is told besides, for speed.
+        decoder: what makes answers grow.
         made_of: the catalogue's parts the weights are made of, where they are known.
         family: "llama", "alpaca", or "" where neither the parts nor the vocabulary tell.
     """
@@ -100,9 +91,7 @@ class Model:
         self.context_length = network.config.max_position_embeddings
         # Rows can be added for speed: it is the pieces that tell the family.
         self.family = catalog.family_of(made_of, len(tokenizer))
-        # With a cache of fixed size, transformers compiles the step into one CUDA graph.
-        large = network.device.type == "cuda" and network.num_parameters() >= COMPILED_FROM
-        self.decoding = {"cache_implementation": "static"} if large else {}
+        self.decoder = Decoder(network, tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -117,95 +106,59 @@ class Model:
         self,
         prompt: str,
         *,
-        template: str = "none",
         history: Sequence[Turn] = (),
-        temperature: float = SAMPLING["temperature"],
-        top_p: float = SAMPLING["top_p"],
-        top_k: int = SAMPLING["top_k"],
-        repetition_penalty: float = SAMPLING["repetition_penalty"],
-        max_new_tokens: int = SAMPLING["max_new_tokens"],
         seed: int | None = None,
-        stop: Sequence[str] = (),
         begin: Sequence[int] = (),
         alternatives: int = 0,
         on_text: Callable[[str], None] | None = None,
         stop_when: Callable[[], bool] | None = None,
+        **sampling,
     ) -> Answer:
         """Return the model's answer to `prompt`.
 
         Args:
-            template: the name of the prompt template put around it ("none", "alpaca").
             history: finished turns (instruction, answer) that come before.
-            temperature: 0 is greedy: no sampling, and the repetition penalty is 1.0.
-            max_new_tokens: at most; the context length may end an answer earlier.
             seed: fixes the sampling; None draws one, which the answer tells.
-            stop: texts that end the answer and are not part of it.
             begin: ids that the answer starts with, counted among its tokens. With the first
                 ids of an earlier answer, and its settings and seed, that answer comes again.
             alternatives: how many of the most probable tokens to keep for each step.
             on_text: called with each new piece of text, in whole characters.
             stop_when: asked after each token; where it says True, the answer ends there.
+            sampling: the fields of `Sampling`: template, temperature, max_new_tokens, ...
 
         Raises:
             UsageError: a setting out of its range.
             Incompatible: the prompt leaves no room in the context.
         """
-        settings = self._settings(
-            template=template,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            repetition_penalty=repetition_penalty,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-        )
+        settings = self._settings(sampling)
         seed = random.randrange(2**31) if seed is None else seed
-        text = self.text_for(prompt, template, history)
-        row = AnswerRow(self.tokenizer, self.context_length, text, seed, settings, begin, on_text)
+        text = render_text(prompt, settings.template, history)
+        row = AnswerRow(
+            self.tokenizer, self.context_length, text, seed, settings, begin=begin, on_text=on_text
+        )
         return self._answers([row], settings, alternatives, stop_when)[0]
 
     def generate_batch(
-        self,
-        prompts: Sequence[str],
-        *,
-        template: str = "none",
-        temperature: float = SAMPLING["temperature"],
-        top_p: float = SAMPLING["top_p"],
-        top_k: int = SAMPLING["top_k"],
-        repetition_penalty: float = SAMPLING["repetition_penalty"],
-        max_new_tokens: int = SAMPLING["max_new_tokens"],
-        seeds: Sequence[int],
-        stop: Sequence[str] = (),
+        self, prompts: Sequence[str], *, seeds: Sequence[int], **sampling
     ) -> list[Answer]:
         """Return the answers to prompts that are computed at once, each with a seed of its own.
 
         They are those that `generate` gives one by one, up to rounding: prompts are padded on the
         left to one length, and in fp16 and bf16 that can tip a token that was nearly another.
 
+        Args:
+            sampling: the fields of `Sampling`, the same for all of them.
+
         Raises:
             UsageError, Incompatible: as `generate`.
         """
-        settings = self._settings(
-            template=template,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            repetition_penalty=repetition_penalty,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-        )
+        settings = self._settings(sampling)
+        texts = [render_text(prompt, settings.template) for prompt in prompts]
         rows = [
-            AnswerRow(
-                self.tokenizer, self.context_length, self.text_for(prompt, template), seed, settings
-            )
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            AnswerRow(self.tokenizer, self.context_length, text, seed, settings)
+            for text, seed in zip(texts, seeds, strict=True)
         ]
         return self._answers(rows, settings) if rows else []
-
-    def text_for(self, prompt: str, template: str, history: Sequence[Turn] = ()) -> str:
-        """Return the exact text that the model is given."""
-        text = TEMPLATES[template].render(prompt, history)
-        return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no character
 
     def fitting_history(
         self, prompt: str, template: str, history: Sequence[Turn], room: int
@@ -217,106 +170,41 @@ class Model:
         """
         kept = list(history)
         while kept:
-            length = len(self.tokenizer.encode(self.text_for(prompt, template, kept)))
+            length = len(self.tokenizer.encode(render_text(prompt, template, kept)))
             if length + room <= self.context_length:
                 break
             del kept[0]
         return kept
 
-    def _settings(self, **settings) -> dict:
-        settings = effective(settings)
-        if mistake := template_mistake(self.family, settings["template"]):
+    def _settings(self, sampling: dict) -> Sampling:
+        settings = Sampling(**sampling).normalised()
+        if mistake := template_mistake(self.family, settings.template):
             warnings.warn(mistake, LabWarning, stacklevel=3)
         return settings
 
-    def _answers(self, rows: list[AnswerRow], settings: dict, alternatives=0, stop_when=None):
+    def _answers(
+        self, rows: list[AnswerRow], settings: Sampling, alternatives: int = 0, stop_when=None
+    ) -> list[Answer]:
         began = time.perf_counter()
         with fitting_threads(self.network), torch.inference_mode():
-            self._decode([row for row in rows if not row.over], settings, stop_when)
+            self.decoder.decode([row for row in rows if not row.over], settings, stop_when)
             seconds = time.perf_counter() - began
             answers = []
             for row in rows:
                 row.finish()
-                steps = self._steps(row, alternatives) if alternatives else []
                 answers.append(
                     Answer(
-                        row.text,
-                        row.prompt,
-                        len(row.prompt_ids),
-                        row.answer_ids,
-                        row.seed,
-                        settings,
-                        seconds,
-                        steps,
+                        text=row.text,
+                        prompt=row.prompt,
+                        prompt_tokens=len(row.prompt_ids),
+                        answer_ids=row.answer_ids,
+                        seed=row.seed,
+                        settings=settings.as_dict(),
+                        seconds=seconds,
+                        steps=self._steps(row, alternatives) if alternatives else [],
                     )
                 )
         return answers
-
-    def _decode(self, rows: list[AnswerRow], settings: dict, stop_when=None) -> None:
-        """Let transformers continue every row; set the rows' `answer_ids`."""
-        if not rows:
-            return
-        starts = [[*row.prompt_ids, *row.answer_ids] for row in rows]
-        # What all prompts begin with, a template's header perhaps, is read once for all of them.
-        shared = min(len(os.path.commonprefix(starts)), min(map(len, starts)) - 1)
-        shared = shared if len(rows) > 1 and not self.decoding else 0
-        longest = max(map(len, starts))
-        # Padded with BOS, which each prompt holds: a repetition penalty meets nothing new.
-        ids = torch.full((len(rows), longest), self.tokenizer.bos)
-        mask = torch.zeros_like(ids)
-        for i, start in enumerate(starts):
-            for place in (slice(shared), slice(longest - len(start) + shared, None)):
-                mask[i, place] = 1
-            ids[i, mask[i] == 1] = torch.tensor(start)
-        ids, mask, cache = ids.to(self.device), mask.to(self.device), None
-        if shared:
-            cache = self.network(ids[:1, :shared]).past_key_values
-            cache.batch_repeat_interleave(len(rows))
-        while True:
-            ids, cache = self._continue(rows, ids, mask, cache, settings, stop_when)
-            left = [i for i, row in enumerate(rows) if not row.over]
-            if not left:
-                return
-            rows = [rows[i] for i in left]
-            cache.batch_select_indices(torch.tensor(left, device=self.device))
-            new = mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])
-            ids, mask = ids[left], torch.cat([mask, new], dim=1)[left]
-
-    def _continue(self, rows: list[AnswerRow], ids, mask, cache, settings: dict, stop_when):
-        """Let transformers continue the rows until all have ended, or half of many have.
-
-        Args:
-            ids, mask: what was read or answered so far, `[rows, tokens]`, padded on the left.
-            cache: of the tokens that were read already, or None.
-
-        Returns:
-            The ids, longer by the new ones, and the cache for them.
-        """
-        start, eos = ids.shape[1], self.tokenizer.eos
-        # Rows without a piece must not come up; there are some where embeddings were padded.
-        beyond = list(range(len(self.tokenizer), self.network.config.vocab_size))
-        more = {} if cache is None else {"past_key_values": cache}
-        if settings["temperature"] > 0:
-            more["repetition_penalty"] = float(settings["repetition_penalty"])
-            more["logits_processor"] = [Draw(rows, settings, start)]
-        halved = len(rows) >= FEWEST_HALVED and not self.decoding  # else it is compiled for so many
-        if halved or stop_when or any(row.is_followed for row in rows):
-            more["stopping_criteria"] = [Ends(rows, start, eos, halved, stop_when)]
-        output = self.network.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=max(row.length - len(row.answer_ids) for row in rows),
-            do_sample=False,
-            pad_token_id=eos,
-            eos_token_id=eos,
-            suppress_tokens=beyond or None,
-            return_dict_in_generate=True,
-            **self.decoding,
-            **more,
-        )
-        for row, new in zip(rows, output.sequences[:, start:].tolist(), strict=True):
-            row.take(new, eos)
-        return output.sequences, output.past_key_values
 
     def _steps(self, row: AnswerRow, alternatives: int) -> list[Step]:
         """Read prompt and answer once more, for the probabilities at every place."""
@@ -335,24 +223,17 @@ class Model:
 
 
 def answer_all(
-    model: Model,
-    prompts: Sequence[str],
-    *,
-    temperature: float = 0,
-    top_p: float = SAMPLING["top_p"],
-    top_k: int = SAMPLING["top_k"],
-    repetition_penalty: float = SAMPLING["repetition_penalty"],
-    max_new_tokens: int = 48,
-    seed: int = 0,
-    batch_size: int = 64,
+    model: Model, prompts: Sequence[str], *, seed: int = 0, batch_size: int = 64, **sampling
 ) -> list[str]:
     """Return the answers to whole prompts, templates included, computed in batches.
 
     Prompts of about one length go together. Greedy answers are those that `Model.generate` gives
     one by one; sampled ones all have the same seed.
+
+    Args:
+        sampling: the fields of `Sampling`; greedy answers of 48 tokens, unless told otherwise.
     """
-    settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    settings |= {"repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens}
+    sampling = {"temperature": 0, "max_new_tokens": 48} | sampling
     answers = {}
     order = sorted(range(len(prompts)), key=lambda i: len(model.tokenizer.encode(prompts[i])))
     with warnings.catch_warnings():
@@ -360,6 +241,6 @@ def answer_all(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             texts = [prompts[i] for i in chosen]
-            found = model.generate_batch(texts, seeds=[seed] * len(texts), **settings)
+            found = model.generate_batch(texts, seeds=[seed] * len(texts), **sampling)
             answers |= {i: answer.text for i, answer in zip(chosen, found, strict=True)}
     return [answers[i] for i in range(len(prompts))]

@@ -21,7 +21,8 @@ from ..files import lock_now
 from ..progress import bar
 from .loading import memory_free, shape_of
 from .model import Answer, Model
-from .sampling import check_seed, effective
+from .sampling import Sampling, check_seed
+from .templates import render_text
 
 BATCH = 64
 """Prompts that are answered at once, at most."""
@@ -86,17 +87,17 @@ def predict(
     data_file: str | Path,
     predictions_file: str | Path,
     *,
-    settings: dict,
+    sampling: Sampling,
     seed: int | None = None,
     origin: dict | None = None,
     batch_size: int | None = None,
-    answer: Callable[[list[Batch], dict], Iterator[list[Answer]]] | None = None,
+    answer: Callable[[list[Batch], Sampling], Iterator[list[Answer]]] | None = None,
 ) -> Predictions:
     """Answer every prompt of `data_file`; append to `predictions_file` what it lacks.
 
     Args:
         model: the one that answers; with `answer`, only its tokenizer and its limits are used.
-        settings: those of `Model.generate_batch`, all of them.
+        sampling: the settings of every answer.
         seed: line i is drawn with `seed + i`, and is what `generate` gives with that seed. None
             goes on with the seed of the file, or draws one.
         origin: what else the answers depend on, such as the model's name; kept with the settings.
@@ -107,17 +108,17 @@ def predict(
         OutputExists: the file holds something else, or answers of other prompts or settings.
         Incompatible: a prompt leaves no room in the context; nothing has been asked.
     """
-    settings = effective(settings)
+    sampling = sampling.normalised()
     prompts = read_prompts(data_file)
-    told = settings | (origin or {})
-    longest = _longest(model, prompts, settings["template"], data_file)
+    settings = sampling.as_dict() | (origin or {})
+    longest = _longest(model, prompts, sampling.template, data_file)
     if batch_size is None:
-        tokens = longest + settings["max_new_tokens"]
+        tokens = longest + sampling.max_new_tokens
         batch_size = BATCH if answer else fitting_batch(model, tokens)
     path = Path(predictions_file)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path) as file, bar(len(prompts), path.name, unit=" prompts") as shown:
-        seed, already = _resume(file, path, prompts, told, seed)
+        seed, already = _resume(file, path, prompts, settings, seed)
         check_seed(seed + len(prompts))
         shown.update(already)
         # Batches begin at the same lines whether or not the file was begun before.
@@ -126,10 +127,10 @@ def predict(
             (prompts[start:end], list(range(seed + start, seed + end)))
             for start, end in pairwise([*starts, len(prompts)])
         ]
-        given = answer(batches, settings) if answer else _answers(model, batches, settings)
+        given = answer(batches, sampling) if answer else _answers(model, batches, sampling)
         for start, answers in zip(starts, given, strict=True):
             lines = [
-                _line(start + i, prompts[start + i], one, told) for i, one in enumerate(answers)
+                _line(start + i, prompts[start + i], one, settings) for i, one in enumerate(answers)
             ]
             file.write("".join(lines).encode())
             file.flush()
@@ -138,22 +139,22 @@ def predict(
     return Predictions(path, len(prompts), already, seed)
 
 
-def _answers(model: Model, batches: list[Batch], settings: dict) -> Iterator[list[Answer]]:
+def _answers(model: Model, batches: list[Batch], sampling: Sampling) -> Iterator[list[Answer]]:
     for prompts, seeds in batches:
-        yield model.generate_batch(prompts, seeds=seeds, **settings)
+        yield model.generate_batch(prompts, seeds=seeds, **sampling.as_dict())
 
 
-def _line(index: int, prompt: str, answer: Answer, told: dict) -> str:
-    held = {
+def _line(index: int, prompt: str, answer: Answer, settings: dict) -> str:
+    line = {
         "index": index,
         "prompt": prompt,
         "answer": answer.text.strip(),
         "prompt_tokens": answer.prompt_tokens,
         "answer_tokens": answer.answer_tokens,
         "seed": answer.seed,
-        "settings": told,
+        "settings": settings,
     }
-    return json.dumps(held, ensure_ascii=False) + "\n"
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 @contextmanager
@@ -169,23 +170,25 @@ def _locked(path: Path) -> Iterator:
         yield file
 
 
-def _resume(file, path: Path, prompts: list[str], told: dict, seed: int | None):
+def _resume(file, path: Path, prompts: list[str], settings: dict, seed: int | None):
     """Return (seed, finished lines); cut away the half line that a kill has left."""
     file.seek(0)
     content = file.read()
     whole = content.rfind(b"\n") + 1
     lines = content[:whole].splitlines()
     try:
-        held = [json.loads(line) for line in lines]
-        found = [(line["index"], line["prompt"], line["seed"], line["settings"]) for line in held]
+        objects = [json.loads(line) for line in lines]
+        found = [
+            (line["index"], line["prompt"], line["seed"], line["settings"]) for line in objects
+        ]
     except (ValueError, TypeError, KeyError):
         found = None
     if seed is None and found:
         seed = found[0][2]
     elif seed is None:
-        seed = random.randrange(2**31) if told["temperature"] > 0 else 0
-    told = json.loads(json.dumps(told))
-    wanted = [(i, prompt, seed + i, told) for i, prompt in enumerate(prompts)]
+        seed = random.randrange(2**31) if settings["temperature"] > 0 else 0
+    settings = json.loads(json.dumps(settings))
+    wanted = [(i, prompt, seed + i, settings) for i, prompt in enumerate(prompts)]
     if found is None or found != wanted[: len(found)] or (not lines and content[:1] not in b"{"):
         raise OutputExists(
             f"{path} holds something else than the first answers to these prompts.",
@@ -199,7 +202,7 @@ def _resume(file, path: Path, prompts: list[str], told: dict, seed: int | None):
 def _longest(model: Model, prompts: list[str], template: str, data_file: str | Path) -> int:
     longest = 0
     for i, prompt in enumerate(prompts):
-        length = len(model.tokenizer.encode(model.text_for(prompt, template)))
+        length = len(model.tokenizer.encode(render_text(prompt, template)))
         if length >= model.context_length:
             raise Incompatible(
                 f"Prompt {i} of {data_file} has {length} tokens, and the context holds "

@@ -1,63 +1,85 @@
-"""The settings that an answer is drawn with, and their ranges."""
+"""How an answer is drawn: the settings, what they may be, and what they usually are."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import NamedTuple
 
 from ..errors import UsageError
 from .templates import TEMPLATES
 
-SAMPLING = {
-    "temperature": 0.2,
-    "top_p": 0.9,
-    "top_k": 40,
-    "repetition_penalty": 1.1,
-    "max_new_tokens": 400,
-}
-"""The sampling settings of the Chinese-LLaMA-Alpaca project's inference script."""
+
+class Setting(NamedTuple):
+    """A number among the settings: what it may be, what it usually is, and what it does."""
+
+    type: type
+    default: float
+    low: float
+    high: float
+    usual: tuple[float, float, float]
+    """Lowest and highest value that anybody tries, and a step between two of them."""
+    help: str
 
 
-def template_mistake(family: str, template: str) -> str:
-    """Return one sentence on a template that the family was not trained with, or ""."""
-    if family == "llama" and template != "none":
-        return (
-            f"The llama family continues text; inside the '{template}' template it meets a text "
-            "that it was never trained on."
-        )
-    if family == "alpaca" and template == "none":
-        return "The alpaca family follows instructions only inside its template (--with-prompt)."
-    return ""
+def _number(*setting):
+    return field(default=setting[1], metadata={"setting": Setting(*setting)})
 
 
-def effective(settings: dict) -> dict:
-    """Return the settings that `Model.generate` goes by for those that it is given.
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The settings of one answer; the defaults are those of Chinese-LLaMA-Alpaca's script.
+
+    Attributes:
+        template: the name of the prompt template put around the prompt.
+        temperature: 0 is greedy: no sampling, and the repetition penalty is 1.
+        top_p, top_k: only the most probable tokens are drawn, up to this share, this many.
+        repetition_penalty: by which the logits of tokens that came already are divided.
+        max_new_tokens: at most; the context length may end an answer earlier.
+        stop: texts that end the answer and are not part of it.
 
     Raises:
-        UsageError: one is out of its range.
+        UsageError: a setting out of its range.
     """
-    check_settings(settings)
-    stop = settings["stop"]
-    settings = settings | {"stop": [stop] if isinstance(stop, str) else list(stop)}
-    return settings if settings["temperature"] > 0 else settings | {"repetition_penalty": 1.0}
+
+    template: str = "none"
+    temperature: float = _number(float, 0.2, 0, 100, (0, 2, 0.1), "0 is greedy")
+    top_p: float = _number(float, 0.9, 1e-6, 1, (0.05, 1, 0.05), "share of the likeliest tokens")
+    top_k: int = _number(int, 40, 0, 10**6, (0, 200, 1), "how many of them; 0 is all")
+    repetition_penalty: float = _number(float, 1.1, 0.01, 100, (1, 2, 0.05), "1 is none")
+    max_new_tokens: int = _number(int, 400, 1, 10**6, (1, 1000, 1), "tokens of an answer, at most")
+    stop: Sequence[str] = ()
+
+    def __post_init__(self):
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        if self.template not in TEMPLATES:
+            known = ", ".join(TEMPLATES)
+            raise UsageError(f"There is no template '{self.template}'.", f"There are: {known}.")
+        for name, setting in settings().items():
+            value = getattr(self, name)
+            allowed = int if setting.type is int else (int, float)
+            is_number = isinstance(value, allowed) and not isinstance(value, bool)
+            if not is_number or not setting.low <= value <= setting.high:
+                bounds = f"{setting.low} and {setting.high}"
+                raise UsageError(f"{name} is {value!r}; it must be between {bounds}.")
+        if 0 < self.temperature < 0.01:
+            raise UsageError(
+                "temperature is too near to 0 to divide by.", "", "Use 0, which is greedy."
+            )
+
+    def normalised(self) -> Sampling:
+        """Return the settings that an answer goes by: a greedy one knows no penalty."""
+        return self if self.temperature > 0 else replace(self, repetition_penalty=1.0)
+
+    def as_dict(self) -> dict:
+        return asdict(self) | {"stop": list(self.stop)}
 
 
-def check_settings(settings: dict) -> None:
-    """Raise UsageError for a setting of `Model.generate` that is out of its range."""
-    if settings["template"] not in TEMPLATES:
-        known = ", ".join(TEMPLATES)
-        raise UsageError(f"There is no template '{settings['template']}'.", f"There are: {known}.")
-    ranges = {
-        "temperature": (0, 100),
-        "top_p": (1e-6, 1),
-        "top_k": (0, 10**6),
-        "repetition_penalty": (0.01, 100),
-        "max_new_tokens": (1, 10**6),
-    }
-    if 0 < settings["temperature"] < 0.01:
-        raise UsageError(
-            "temperature is too near to 0 to divide by.", "", "Use 0, which is greedy."
-        )
-    for name, (low, high) in ranges.items():
-        if not low <= settings[name] <= high:
-            raise UsageError(f"{name} is {settings[name]}; it must be between {low} and {high}.")
+def settings() -> dict[str, Setting]:
+    """Return the settings that are numbers, by name."""
+    metadata = {one.name: one.metadata for one in fields(Sampling)}
+    return {name: held["setting"] for name, held in metadata.items() if held}
 
 
 def check_seed(seed: int) -> None:

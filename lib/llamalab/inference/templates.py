@@ -55,3 +55,21 @@ TEMPLATES = {
         turn="### 指令：\n\n{instruction}\n\n### 回答：\n\n",
     ),
 }
+
+
+def template_mistake(family: str, template: str) -> str:
+    """Return one sentence on a template that the family was not trained with, or ""."""
+    if family == "llama" and template != "none":
+        return (
+            f"The llama family continues text; inside the '{template}' template it meets a text "
+            "that it was never trained on."
+        )
+    if family == "alpaca" and template == "none":
+        return "The alpaca family follows instructions only inside its template (--with-prompt)."
+    return ""
+
+
+def render_text(prompt: str, template: str, history: Sequence[Turn] = ()) -> str:
+    """Return the exact text that a model is given; `template` is a name in `TEMPLATES`."""
+    text = TEMPLATES[template].render(prompt, history)
+    return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no character

@@ -61,8 +61,6 @@ class Adapter:
         if self.weights is None:
             raise NotFound(
                 f"{directory} has an adapter_config.json and no adapter_model.safetensors or .bin.",
-                "The weights did not come along.",
-                "Download the adapter again.",
                 finding="damaged-file",
             )
         self._file = TensorFile(self.weights)
@@ -87,7 +85,6 @@ class Adapter:
             raise DamagedFile(
                 f"{self.directory / 'adapter_config.json'} gives {alpha!r} as 'lora_alpha'.",
                 "A number belongs there: it says how much of the adapter is added.",
-                "Download the adapter again.",
                 finding="damaged-file",
             )
         if self.config.get("bias", "none") != "none":
@@ -95,8 +92,6 @@ class Adapter:
         if refused:
             raise Incompatible(
                 f"{self.directory} uses {', '.join(refused)}, which this merge does not support.",
-                "Merging it as a plain LoRA would give wrong weights.",
-                "Merge it with PEFT's merge_and_unload instead.",
                 finding="unsupported-adapter",
             )
 
@@ -114,7 +109,6 @@ class Adapter:
                         f"{self.weights} holds '{name}' of shape {shape}"
                         + (f", and '{other}', too." if other != name else "."),
                         "There is one A and one B for each weight, and both are matrices.",
-                        "Save the adapter again, or download the original.",
                         finding="damaged-file",
                     )
             elif match := _WHOLE.fullmatch(plain):
@@ -124,7 +118,6 @@ class Adapter:
                 raise Incompatible(
                     f"{self.weights} holds a tensor '{name}' that is no part of a LoRA.",
                     "Leaving it out would give another model than the one that was trained.",
-                    "Merge this adapter with PEFT's merge_and_unload instead.",
                     finding="unsupported-adapter",
                 )
         for module, sides in self.pairs.items():
@@ -133,7 +126,6 @@ class Adapter:
                 raise DamagedFile(
                     f"{self.weights} holds only half of the pair for {module}: lora_{other} is missing.",
                     "A LoRA is the product of the two.",
-                    "Download the adapter again, and verify it.",
                     finding="damaged-file",
                 )
         self._check_settings()
@@ -141,8 +133,6 @@ class Adapter:
         for module in sorted(promised - {module.split(".")[-1] for module in self.whole}):
             raise DamagedFile(
                 f"{self.weights} does not hold {module}, which adapter_config.json promises.",
-                "The adapter was saved without its embeddings, so the new pieces have no meaning.",
-                "Save it again with its modules_to_save, or download the original.",
                 finding="adapter-without-embeddings",
             )
 
@@ -161,7 +151,6 @@ class Adapter:
             raise DamagedFile(
                 f"{self.directory / 'adapter_config.json'} cannot be understood.",
                 "alpha_pattern, rank_pattern or modules_to_save is not what PEFT writes.",
-                "Download the adapter again.",
                 finding="damaged-file",
             )
         for module, rank in ranks.items():
@@ -170,7 +159,6 @@ class Adapter:
                 raise DamagedFile(
                     f"{self.directory} says rank {rank} for {module}, and its matrices have {found}.",
                     "adapter_config.json is of another adapter, and so is the alpha in it.",
-                    "Bring both files from one place.",
                     finding="damaged-file",
                 )
 
@@ -187,7 +175,6 @@ class Adapter:
             raise Incompatible(
                 f"{self.weights} holds two different {module}: '{other}' and '{name}'.",
                 "Nobody can tell which of them was trained.",
-                "Save the adapter again, or download the original.",
                 finding="damaged-file",
             )
 

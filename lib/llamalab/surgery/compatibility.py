@@ -25,7 +25,6 @@ def check_targets(base: Checkpoint, adapter: Adapter) -> None:
                 raise Incompatible(
                     f"The adapter {adapter.directory} has no matrices for {module}.",
                     "Its adapter_config.json promises them, or it is for a model with fewer layers.",
-                    "Download the adapter again, and use the base that its card names.",
                     finding="another-size",
                 )
     for module, pair in adapter.pairs.items():
@@ -34,7 +33,6 @@ def check_targets(base: Checkpoint, adapter: Adapter) -> None:
             raise Incompatible(
                 f"The adapter {adapter.directory} adapts '{module}', which the base does not have.",
                 "It was trained on another model, perhaps one with more layers.",
-                "Use the base model that the adapter's card names.",
                 finding="another-size",
             )
         a, b = adapter.spec(pair["A"]).shape, adapter.spec(pair["B"]).shape
@@ -42,8 +40,6 @@ def check_targets(base: Checkpoint, adapter: Adapter) -> None:
             raise Incompatible(
                 f"The adapter {adapter.directory} does not fit {module}: "
                 f"B {b} times A {a} is not {weight.shape}.",
-                "It was trained on a base of another size.",
-                "Use the base model that the adapter's card names.",
                 finding="another-size",
             )
 
@@ -55,8 +51,6 @@ def check_vocabulary(base: Checkpoint, adapter: Adapter) -> None:
         if columns != old.shape[1]:
             raise Incompatible(
                 f"The adapter's {module} is {columns} wide, and the base's {old.shape[1]}.",
-                "It was trained on a base of another size.",
-                "Use the base model that the adapter's card names.",
                 finding="another-size",
             )
         if rows < old.rows:
@@ -64,14 +58,12 @@ def check_vocabulary(base: Checkpoint, adapter: Adapter) -> None:
                 f"The adapter {adapter.directory} has {rows:,} rows in {module}, "
                 f"fewer than the base's {old.rows:,}.",
                 "A llama adapter on an alpaca model is the classic case: alpaca has one pad token more.",
-                "Use the base, or the order of adapters, that this adapter was trained on.",
                 finding="mixed-vocabularies",
             )
         if adapter.tokenizer is None:
             raise Incompatible(
                 f"The adapter {adapter.directory} has new embeddings and no tokenizer.model.",
                 f"Nobody could tell which piece each of its {rows:,} rows stands for.",
-                "Put the tokenizer.model of the adapter's repository beside it.",
                 finding="no-tokenizer",
             )
         pieces = len(read_model(adapter.tokenizer).pieces)
@@ -79,7 +71,6 @@ def check_vocabulary(base: Checkpoint, adapter: Adapter) -> None:
             raise Incompatible(
                 f"{adapter.tokenizer} has {pieces:,} pieces, and the adapter's {module} {rows:,} rows.",
                 "The tokenizer is of another adapter; llama and alpaca ones differ by one pad token.",
-                "Bring adapter and tokenizer from one place.",
                 finding="mixed-vocabularies",
             )
 
@@ -89,14 +80,12 @@ def check_vocabulary(base: Checkpoint, adapter: Adapter) -> None:
             f"The adapter {adapter.directory} would leave an embedding and an output projection "
             "with different numbers of rows.",
             "It holds only one of the two, or two that do not match.",
-            "Save it again with both in modules_to_save.",
             finding="adapter-without-embeddings",
         )
     for module in adapter.whole.keys() & adapter.pairs.keys():
         raise Incompatible(
             f"The adapter {adapter.directory} holds {module} both whole and as a LoRA.",
             "Nobody can tell which of them counts.",
-            "Merge it with PEFT's merge_and_unload instead.",
             finding="unsupported-adapter",
         )
 
@@ -128,8 +117,6 @@ def check_not_contained(base: Checkpoint, adapter: Adapter) -> None:
     if contains(base, adapter):
         raise Incompatible(
             f"The base already contains the adapter {adapter.directory}: their embeddings are equal.",
-            "Applied again, every change would count twice.",
-            "Use the merged model as it is, without --lora-model.",
             finding="applied-twice",
         )
 
@@ -146,7 +133,6 @@ def check_published_order(base: Checkpoint, adapter: Adapter) -> None:
             f"{adapter.directory} has {LLAMA_2_ROWS:,} rows, as the adapters for Llama-2 have, "
             f"and this base is {' + '.join(base.made_of)}.",
             "The shapes are the same, and the weights are not.",
-            "Use the base model that the adapter's card names.",
             finding="another-base",
         )
     if not adapter.name:

@@ -157,7 +157,6 @@ def _check_names(checkpoint: Checkpoint, expected: set[str]) -> None:
         raise DamagedFile(
             f"The checkpoint holds no tensor '{missing}'.",
             "Its configuration promises one: the file is incomplete, or of another model.",
-            "Run 'llamalab verify' on its directory.",
             finding="damaged-file",
         )
     for extra in sorted(set(checkpoint.tensors) - expected):
@@ -214,7 +213,6 @@ def _check_shapes(checkpoint: Checkpoint, config: dict, name_of: dict[str, str])
                 f"{file} gives another vocab_size: it is of another model, the plain base perhaps."
                 if rows
                 else f"{file} and the weights are not of the same model.",
-                f"Bring {file} and every file of weights from one place, and verify them.",
                 finding="borrowed-config" if rows else "damaged-file",
             )
 

@@ -75,7 +75,6 @@ class _Merged(Checkpoint):
             raise DamagedFile(
                 f"Merging {name} gives values that are not finite in {merged.dtype}.",
                 f"The base or {self._adapter.weights} holds NaN or numbers out of range.",
-                "Verify both; nothing was written.",
                 finding="unsound-values",
             )
         return merged

@@ -166,8 +166,6 @@ def fitting_model(checkpoint: Checkpoint) -> proto.ModelProto:
     if checkpoint.tokenizer is None:
         raise NotFound(
             "No tokenizer.model belongs to this model.",
-            "Text is encoded with it, as the model was trained: without one nothing can be asked.",
-            "Put the base model's tokenizer.model into its directory.",
             finding="no-tokenizer",
         )
     model = read_model(checkpoint.tokenizer)
@@ -186,7 +184,6 @@ def fitting_model(checkpoint: Checkpoint) -> proto.ModelProto:
     raise Incompatible(
         f"{checkpoint.tokenizer} has {pieces:,} pieces, and the embedding has {rows:,} rows.",
         why,
-        "Put the tokenizer.model of the last adapter that was merged beside the weights.",
         finding=finding,
     )
 

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 
 import yaml
-from llamalab.errors import UsageError
 
-from llamalab.inference import SAMPLING, Turn
+from llamalab.errors import UsageError
+from llamalab.inference import Sampling, Turn
 
 ALTERNATIVES = 5
 """How many of the most probable tokens are kept for each place of an answer."""
@@ -31,10 +31,10 @@ class PromptRequest:
     model: str
     prompt: str
     template: str = "none"
-    temperature: float = SAMPLING["temperature"]
-    top_p: float = SAMPLING["top_p"]
-    top_k: int = SAMPLING["top_k"]
-    repetition_penalty: float = SAMPLING["repetition_penalty"]
+    temperature: float = Sampling.temperature
+    top_p: float = Sampling.top_p
+    top_k: int = Sampling.top_k
+    repetition_penalty: float = Sampling.repetition_penalty
     max_new_tokens: int = 60
     seed: int = 1
     turns: tuple[Turn, ...] = ()

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import psutil
 import torch
-from llamalab.errors import LabError, LabWarning, NotFound
 
 from llamalab import catalog
 from llamalab.catalog import models_directory
-from llamalab.inference import TEMPLATES, Model, load
+from llamalab.errors import LabError, LabWarning, NotFound
+from llamalab.inference import Model, load, render_text
 from llamalab.surgery import Tokenizer
 
 from .answer_history import AnswerHistory
@@ -99,8 +99,7 @@ class Explorer:
 
     def text_for(self, request: PromptRequest) -> str:
         """Return the exact text that the model is given."""
-        text = TEMPLATES[request.template].render(request.prompt, request.turns)
-        return text.encode("utf-8", "replace").decode()  # as Model.text_for, without the model
+        return render_text(request.prompt, request.template, request.turns)
 
     def tokens(self, request: PromptRequest) -> list[Token]:
         """Return the tokens that the model is given, BOS first."""
