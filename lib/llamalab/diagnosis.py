@@ -285,10 +285,7 @@ def _check_dtypes(view: Checkpoint) -> None:
     dtypes = {spec.dtype: name for name, spec in view.tensors.items()}
     if len(dtypes) > 1:
         seen = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
-        raise _found(
-            "unexpected-dtype",
-            f"The weights are of {len(dtypes)} dtypes: {seen}.",
-        )
+        raise _found("unexpected-dtype", f"The weights are of {len(dtypes)} dtypes: {seen}.")
 
 
 def _check_template(case: _Case, family: str, with_prompt: bool | None) -> None:
@@ -315,8 +312,7 @@ def _check_prompt(view: Checkpoint, prompt: str, with_prompt: bool) -> None:
     context = view.config["max_position_embeddings"]
     if tokens >= context:
         raise _found(
-            "long-prompt",
-            f"The prompt has {tokens:,} tokens, and the context holds {context:,}.",
+            "long-prompt", f"The prompt has {tokens:,} tokens, and the context holds {context:,}."
         )
 
 

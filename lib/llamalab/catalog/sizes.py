@@ -133,63 +133,67 @@ class Needs:
 
 def needs(model: ModelEntry) -> Needs:
     """Return what `model` will need, from its catalogue entry alone."""
-    base, shape = model.base, model.base.shape
-    vocab = model.parts[-1].vocab
-    layer, total = layer_parameters(shape), parameters(shape, vocab)
-
+    base, shape, vocab = model.base, model.base.shape, model.parts[-1].vocab
+    total = parameters(shape, vocab)
     original = checkpoint_bytes(shape, base.vocab)
-    adapters = {part.name: adapter_bytes(part, shape) for part in model.adapters}
-    download = original + sum(adapters.values())
-    merged = checkpoint_bytes(shape, vocab) if adapters else 0
-    disk = download + original + merged
-
-    weights = checkpoint_bytes(shape, vocab)
-    cache = kv_cache_bytes(shape, base.context)
-    workspace = workspace_bytes(shape, vocab, base.context)
+    download = original + sum(adapter_bytes(part, shape) for part in model.adapters)
+    merged = checkpoint_bytes(shape, vocab) if model.adapters else 0
     memory = inference_bytes(shape, vocab, base.context)
     in_fp32 = total < FP32_BELOW
     on_cpu = inference_bytes(shape, vocab, base.context, 4) if in_fp32 else memory
-
-    lines = [
-        f"embeddings  2 x {vocab:,} tokens x {shape.dim:,} = {2 * vocab * shape.dim:,}",
-        f"layers      {shape.layers} layers x {layer:,} = {shape.layers * layer:,}",
-        f"parameters  embeddings + layers + one norm of {shape.dim:,} = {total:,}",
-        f"base        {parameters(shape, base.vocab):,} x 2 bytes = {size_text(original)}",
-        *(
-            f"adapter     ({lora_parameters(part, shape):,} in low-rank pairs + "
-            f"{2 * part.vocab * shape.dim:,} in embeddings) x 2 bytes = "
-            f"{size_text(adapters[part.name])}"
-            for part in model.adapters
-        ),
-        f"download    {'base + adapters' if adapters else 'the base'} = {size_text(download)}",
-        f"converted   the base again, in HF layout = {size_text(original)}",
-    ]
-    if merged:
-        lines.append(f"merged      {total:,} x 2 bytes = {size_text(merged)}")
-    lines += [
-        f"disk        {'download + converted + merged' if merged else 'download + converted'}"
-        f" = {size_text(disk)}",
-        f"to convert  about {size_text(STREAMED)} of memory, and to merge: row block by row block",
-        f"KV cache    2 x {shape.layers} layers x {shape.kv_heads} heads x "
-        f"{shape.dim // shape.heads} x {base.context:,} tokens x 2 bytes"
-        f" = {size_text(cache)}",
-        f"to answer   weights {size_text(weights)} + KV cache {size_text(cache)} + workspace "
-        f"{size_text(workspace)} + runtime {size_text(RUNTIME)} = {size_text(memory)}",
-    ]
-    if in_fp32:
-        lines.append(f"on a CPU    the same with 4 bytes a value, fp32 = {size_text(on_cpu)}")
     return Needs(
         model=model.name,
         parameters=total,
         download=download,
         converted=original,
         merged=merged,
-        disk=disk,
+        disk=download + original + merged,
         streaming_memory=STREAMED,
         inference_memory=memory,
         cpu_memory=on_cpu,
-        arithmetic=tuple(lines),
+        arithmetic=(*_on_disk(model, total, original, download, merged), *_in_memory(model)),
     )
+
+
+def _on_disk(model: ModelEntry, total: int, original: int, download: int, merged: int):
+    """Yield the arithmetic of parameters and files, a line of text a step."""
+    base, shape, vocab = model.base, model.base.shape, model.parts[-1].vocab
+    layer = layer_parameters(shape)
+    yield f"embeddings  2 x {vocab:,} tokens x {shape.dim:,} = {2 * vocab * shape.dim:,}"
+    yield f"layers      {shape.layers} layers x {layer:,} = {shape.layers * layer:,}"
+    yield f"parameters  embeddings + layers + one norm of {shape.dim:,} = {total:,}"
+    yield f"base        {parameters(shape, base.vocab):,} x 2 bytes = {size_text(original)}"
+    for part in model.adapters:
+        pairs, whole = lora_parameters(part, shape), 2 * part.vocab * shape.dim
+        numbers = f"({pairs:,} in low-rank pairs + {whole:,} in embeddings)"
+        yield f"adapter     {numbers} x 2 bytes = {size_text(adapter_bytes(part, shape))}"
+    fetched = "base + adapters" if model.adapters else "the base"
+    yield f"download    {fetched} = {size_text(download)}"
+    yield f"converted   the base again, in HF layout = {size_text(original)}"
+    if merged:
+        yield f"merged      {total:,} x 2 bytes = {size_text(merged)}"
+    parts = "download + converted + merged" if merged else "download + converted"
+    yield f"disk        {parts} = {size_text(download + original + merged)}"
+
+
+def _in_memory(model: ModelEntry):
+    """Yield the arithmetic of memory, a line of text a step."""
+    shape, vocab, tokens = model.base.shape, model.parts[-1].vocab, model.base.context
+    parts = {
+        "weights": checkpoint_bytes(shape, vocab),
+        "KV cache": kv_cache_bytes(shape, tokens),
+        "workspace": workspace_bytes(shape, vocab, tokens),
+        "runtime": RUNTIME,
+    }
+    heads = f"{shape.kv_heads} heads x {shape.dim // shape.heads}"
+    cache = f"2 x {shape.layers} layers x {heads} x {tokens:,} tokens x 2 bytes"
+    yield f"to convert  about {size_text(STREAMED)} of memory, and to merge: row block by row block"
+    yield f"KV cache    {cache} = {size_text(parts['KV cache'])}"
+    total = " + ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+    yield f"to answer   {total} = {size_text(sum(parts.values()))}"
+    if parameters(shape, vocab) < FP32_BELOW:
+        on_cpu = size_text(inference_bytes(shape, vocab, tokens, 4))
+        yield f"on a CPU    the same with 4 bytes a value, fp32 = {on_cpu}"
 
 
 AFFORDABLE = 500_000_000

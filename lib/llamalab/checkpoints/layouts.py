@@ -11,7 +11,7 @@ import torch
 from ..errors import DamagedFile, NotFound, WrongLayout
 from .checkpoint import Checkpoint, TensorSpec
 from .digests import diagnose_bytes, is_safe_relative
-from .recognition import base_of_params
+from .recognition import part_of
 from .tensor_file import TensorFile
 
 RECORD = "llamalab.json"
@@ -42,7 +42,7 @@ def _require_numbers(path: Path, config: dict, *keys: str) -> None:
             raise DamagedFile(
                 f"{path} gives {value!r} as '{key}'.",
                 "A whole number above 0 belongs there, so this is not the original file.",
-                "Download it again.",
+                finding="damaged-file",
             )
 
 
@@ -84,11 +84,11 @@ class MetaCheckpoint(Checkpoint):
         self.tokenizer = next((path for path in beside if path.is_file()), None)
         if self.tokenizer is None:
             raise NotFound(
-                f"tokenizer.model is neither in {folder} nor above it.",
-                finding="no-tokenizer",
+                f"tokenizer.model is neither in {folder} nor above it.", finding="no-tokenizer"
             )
         self.inputs = [folder / "params.json", *paths, self.tokenizer]
-        self.made_of = base_of_params(folder / "params.json")
+        base = part_of(folder / "params.json")
+        self.made_of = (base,) if base else ()
 
     def _column_split(self, name: str) -> bool:
         return name.endswith(_SPLIT_ON_COLUMNS)
@@ -108,8 +108,7 @@ class MetaCheckpoint(Checkpoint):
                 if not same:
                     raise DamagedFile(
                         f"Tensor {name} differs between {first.path.name} and {shard.path.name}.",
-                        "The shards are not of one model, or one of them is damaged.",
-                        "Run 'llamalab verify' on the directory.",
+                        finding="damaged-file",
                     )
             shape = list(spec.shape)
             if len(shape) == 2:
@@ -126,7 +125,7 @@ class MetaCheckpoint(Checkpoint):
                 raise DamagedFile(
                     f"{first.path} holds no tensor '{name}'.",
                     "It is not a LLaMA checkpoint in Meta layout.",
-                    "Run 'llamalab verify' on the directory.",
+                    finding="damaged-file",
                 )
         return specs
 
@@ -277,10 +276,7 @@ def _hf_files(directory: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _meta_weights(directory: Path, what: str) -> WrongLayout:
-    return WrongLayout(
-        what,
-        finding="meta-weights",
-    )
+    return WrongLayout(what, finding="meta-weights")
 
 
 def open_checkpoint(directory: str | Path, model_size: str | None = None) -> Checkpoint:
@@ -295,8 +291,7 @@ def open_checkpoint(directory: str | Path, model_size: str | None = None) -> Che
             raise
         if (directory / "adapter_config.json").is_file():
             raise WrongLayout(
-                f"{directory} is an adapter, not a model.",
-                finding="adapter-as-model",
+                f"{directory} is an adapter, not a model.", finding="adapter-as-model"
             ) from None
         raise WrongLayout(
             f"{directory} does not appear to have a file named config.json, nor params.json.",

@@ -9,14 +9,17 @@ from ..catalog import Part
 from .digests import hash_file
 
 
-def base_of_params(params: Path) -> tuple[str, ...]:
-    """Return the catalogue's name for the base whose params.json this is, as a 0- or 1-tuple."""
-    sha256 = hash_file(params)["sha256"]
+def part_of(file: Path) -> str | None:
+    """Return the catalogue's name of the part that a file belongs to, found by its digest.
+
+    Of a base that is its params.json, of an adapter its weights; None for what is not known.
+    """
+    sha256 = hash_file(file)["sha256"]
     for part in catalog.parts().values():
-        facts = part.files.get(f"{part.folder}/params.json")
-        if facts and facts.sha256 == sha256:
-            return (part.name,)
-    return ()
+        for path, facts in part.files.items():
+            if facts.sha256 == sha256 and path.rpartition("/")[2] == file.name:
+                return part.name
+    return None
 
 
 def recognise_bases(directory: Path, files: dict[str, int]) -> list[Part]:

@@ -25,10 +25,7 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path = path
         if not path.is_file():
-            raise NotFound(
-                f"{path} is missing.",
-                finding="damaged-file",
-            )
+            raise NotFound(f"{path} is missing.", finding="damaged-file")
         open_file = self._open_safetensors if path.suffix == ".safetensors" else self._open_torch
         open_file()
         for name, spec in self.tensors.items():

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .. import catalog
-from ..checkpoints import TensorFile, TensorSpec, hash_file, read_json
+from ..checkpoints import TensorFile, TensorSpec, part_of, read_json
 from ..errors import DamagedFile, Incompatible, NotFound, WrongLayout
 
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
@@ -181,12 +180,7 @@ class Adapter:
     @cached_property
     def name(self) -> str | None:
         """The catalogue's name for this adapter, found by the digest of its weights, or None."""
-        sha256 = hash_file(self.weights)["sha256"]
-        for part in catalog.parts().values():
-            facts = part.files.get(self.weights.name)
-            if facts and part.kind == "adapter" and facts.sha256 == sha256:
-                return part.name
-        return None
+        return part_of(self.weights)
 
     def spec(self, name: str) -> TensorSpec:
         return self._file.tensors[name]

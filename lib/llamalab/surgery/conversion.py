@@ -167,27 +167,21 @@ def _check_names(checkpoint: Checkpoint, expected: set[str]) -> None:
         )
 
 
-def _check_shapes(checkpoint: Checkpoint, config: dict, name_of: dict[str, str]) -> None:
-    dim, ffn, heads = (
-        config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")
-    )
+def _check_numbers(config: dict, file: str) -> None:
+    """Refuse a configuration whose numbers cannot be those of a LLaMA."""
+    dim, heads = config["hidden_size"], config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     if type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads:
         raise DamagedFile(
-            f"The configuration gives {kv_heads!r} key and value heads to {heads} heads.",
+            f"{file} gives {kv_heads!r} key and value heads to {heads} heads.",
             "Each of them serves a whole number of heads.",
-            "Bring the configuration that belongs to the weights.",
+            finding="damaged-file",
         )
-    kv = dim // heads * kv_heads
-    vocab, file = (
-        config["vocab_size"],
-        "config.json" if checkpoint.layout == "hf" else "params.json",
-    )
     if dim % (2 * heads) or config.get("head_dim", dim // heads) not in (None, dim // heads):
         raise DamagedFile(
             f"{file} gives {heads} heads to a width of {dim}.",
             "The width of a head must be a whole, even number, or no pairs could be rotated.",
-            f"Bring the {file} that belongs to the weights.",
+            finding="damaged-file",
         )
     positive = {"rms_norm_eps": config.get("rms_norm_eps", 1e-6), "rope_theta": _rope_theta(config)}
     for key, value in positive.items():
@@ -195,26 +189,33 @@ def _check_shapes(checkpoint: Checkpoint, config: dict, name_of: dict[str, str])
             raise DamagedFile(
                 f"{file} gives {value!r} as {key}.",
                 "A number above 0 belongs there, or the answers would mean nothing.",
-                f"Bring the {file} that belongs to the weights.",
+                finding="damaged-file",
             )
+
+
+def _check_shapes(checkpoint: Checkpoint, config: dict, name_of: dict[str, str]) -> None:
+    """Hold every tensor to the shape that the configuration promises."""
+    file = "config.json" if checkpoint.layout == "hf" else "params.json"
+    _check_numbers(config, file)
+    dim, ffn, vocab = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
+    heads = config["num_attention_heads"]
+    kv = dim // heads * (config.get("num_key_value_heads") or heads)
     shapes = {
         "embed_tokens": (vocab, dim), "lm_head": (vocab, dim), "norm": (dim,),
         "input_layernorm": (dim,), "post_attention_layernorm": (dim,),
         "q_proj": (dim, dim), "k_proj": (kv, dim), "v_proj": (kv, dim), "o_proj": (dim, dim),
         "gate_proj": (ffn, dim), "up_proj": (ffn, dim), "down_proj": (dim, ffn),
     }  # fmt: skip
-    for hf, meta in name_of.items():
-        expected = shapes[hf.split(".")[-2]]
-        found = checkpoint.tensors[meta].shape
-        if found != expected:
-            rows = hf.split(".")[-2] in ("embed_tokens", "lm_head") and found[1:] == expected[1:]
-            raise DamagedFile(
-                f"Tensor {meta} has the shape {found}, not {expected}.",
-                f"{file} gives another vocab_size: it is of another model, the plain base perhaps."
-                if rows
-                else f"{file} and the weights are not of the same model.",
-                finding="borrowed-config" if rows else "damaged-file",
-            )
+    for hf, name in name_of.items():
+        kind, found = hf.split(".")[-2], checkpoint.tensors[name].shape
+        expected = shapes[kind]
+        if found == expected:
+            continue
+        what = f"Tensor {name} has the shape {found}, not {expected}."
+        if kind in ("embed_tokens", "lm_head") and found[1:] == expected[1:]:
+            raise DamagedFile(what, finding="borrowed-config")
+        why = f"{file} and the weights are not of the same model."
+        raise DamagedFile(what, why, finding="damaged-file")
 
 
 def hf_config(checkpoint: Checkpoint, context_length: int | None = None) -> dict:

@@ -164,10 +164,7 @@ def fitting_model(checkpoint: Checkpoint) -> proto.ModelProto:
         Incompatible: its vocabulary and the embedding differ in length.
     """
     if checkpoint.tokenizer is None:
-        raise NotFound(
-            "No tokenizer.model belongs to this model.",
-            finding="no-tokenizer",
-        )
+        raise NotFound("No tokenizer.model belongs to this model.", finding="no-tokenizer")
     model = read_model(checkpoint.tokenizer)
     pieces, rows = len(model.pieces), checkpoint.vocab_size
     if pieces == rows or (padded(rows, pieces) and not _one_pad_apart(model, rows)):

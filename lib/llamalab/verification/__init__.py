@@ -2,9 +2,10 @@
 
 import lazy_loader
 
+_FACE = {
+    "verification": "verify",
+}
+
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "verification": ["verify"],
-    },
+    __name__, submod_attrs={module: names.split() for module, names in _FACE.items()}
 )
