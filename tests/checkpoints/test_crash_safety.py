@@ -13,7 +13,7 @@ import pytest
 import crashes
 import llamalab
 import synthetic
-from llamalab.checkpoints import output_directory, tensor_file
+from llamalab.checkpoints import tensor_file
 from llamalab.errors import DamagedFile, NotEnoughRoom, UsageError
 
 
@@ -137,7 +137,7 @@ def small_disk(tmp_path):
 def test_a_disk_that_fills_up_leaves_what_is_finished(base, small_disk, monkeypatch):
     disk, grow = small_disk
     # Foreseen it would be refused at once; here somebody else fills the disk meanwhile.
-    monkeypatch.setattr(output_directory, "require_room", lambda *_: None)
+    monkeypatch.setattr(writer, "require_room", lambda *_: None)
     settings = {"model_size": "7B", "max_shard_size": "400KB"}
     with pytest.raises(NotEnoughRoom, match="The disk is full") as caught:
         llamalab.convert(base, disk / "out", **settings)
@@ -162,7 +162,7 @@ def test_a_disk_too_small_is_refused_before_the_first_byte(base, small_disk):
 def test_a_disk_that_fills_up_at_the_small_files(family, small_disk, monkeypatch, size):
     disk, grow = small_disk
     grow(size)
-    monkeypatch.setattr(output_directory, "require_room", lambda *_: None)
+    monkeypatch.setattr(writer, "require_room", lambda *_: None)
     with pytest.raises(NotEnoughRoom, match="The disk is full"):
         llamalab.merge(family / "base", family / "llama-lora", disk / "out")
     assert not (disk / "out").exists()

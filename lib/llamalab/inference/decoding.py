@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from ..checkpoints import one_thread
 from ..errors import Incompatible
 from ..surgery import Tokenizer
 from .sampling import Sampling, check_seed
@@ -28,20 +29,14 @@ ONE_THREAD_BELOW = 10_000_000
 """Parameters of a model that is answered by one thread on a CPU."""
 
 
-@contextlib.contextmanager
-def fitting_threads(network) -> Iterator[None]:
+def fitting_threads(network) -> contextlib.AbstractContextManager:
     """Give a tiny model on the CPU one thread.
 
     Its products are too small to be shared: on two idle cores a second thread brings little,
     and on busy ones waiting for it made an answer twenty times as slow (measured).
     """
-    before = torch.get_num_threads()
-    if network.device.type == "cpu" and network.num_parameters() < ONE_THREAD_BELOW:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    small = network.device.type == "cpu" and network.num_parameters() < ONE_THREAD_BELOW
+    return one_thread() if small else contextlib.nullcontext()
 
 
 class AnswerRow:

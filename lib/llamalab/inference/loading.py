@@ -8,6 +8,7 @@ weight is read, and what cannot fit is refused with the arithmetic.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,11 +45,8 @@ def pick_device(device: str = "auto") -> torch.device:
         raise UsageError(
             f"There is no device '{device}'.", "", "Use auto, cpu, cuda, cuda:1 or mps."
         )
-    counts = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count()}
+    counts["mps"] = int(torch.backends.mps.is_available())
     if (wanted.index or 0) >= counts[wanted.type]:
         raise NotFound(
             f"This machine has no device '{device}'.",
@@ -85,7 +83,7 @@ def load(
         lora_model: adapters to add, in order; they are merged in memory, exactly as on disk.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         dtype: "float16", "bfloat16", "float32"; auto means the checkpoint's own, but float32
-            on a CPU for models below `estimate.FP32_BELOW` parameters.
+            on a CPU for models below `catalog.FP32_BELOW` parameters.
         quantize: "8bit" or "4bit" (LLM.int8(), NF4), which saves memory, not time.
         tokenizer_path: a `tokenizer.model` or its directory, to be used instead of the model's.
         force: allow an adapter that the base contains already.
@@ -133,15 +131,6 @@ def pick_dtype(view: Checkpoint, where: torch.device, dtype: str = "auto") -> to
     small = view.total_bytes // view.dtype.itemsize < FP32_BELOW
     auto = torch.float32 if where.type == "cpu" and small else view.dtype
     return DTYPES.get(dtype, auto)
-
-
-def without_weights(view: Checkpoint, dtype: torch.dtype) -> Model:
-    """Return a model that knows its tokenizer and its limits, and cannot answer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.device("meta"):
-        network = LlamaForCausalLM(LlamaConfig.from_dict(view.config)).to(dtype)
-    return Model(network, Tokenizer(view.tokenizer), view.made_of)
 
 
 def memory_needed(view: Checkpoint, dtype: torch.dtype, quantize: str | None = None) -> dict:
@@ -258,28 +247,18 @@ def generate(
     lora_model: str | Path | Sequence[str | Path] | None = None,
     *,
     with_prompt: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str | None = None,
-    tokenizer_path: str | Path | None = None,
-    models_dir: str | Path = "",
-    force: bool = False,
-    **settings,
+    **options,
 ) -> Answer:
-    """Load a model and answer one prompt; `settings` are those of `Model.generate`.
+    """Load a model and answer one prompt.
 
     Args:
         with_prompt: put the alpaca template around `prompt`.
-        device, dtype, quantize, tokenizer_path, force: as in `load`.
+        options: those of `load` (device, dtype, quantize, ...), and those of `Model.generate`
+            (temperature, max_new_tokens, seed, ...).
+
+    Raises:
+        LabError: as `load` and `Model.generate`.
     """
-    model = load(
-        base_model,
-        lora_model,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        tokenizer_path=tokenizer_path,
-        models_dir=models_dir,
-        force=force,
-    )
-    return model.generate(prompt, template="alpaca" if with_prompt else "none", **settings)
+    of_load = inspect.signature(load).parameters.keys() & options.keys()
+    model = load(base_model, lora_model, **{name: options.pop(name) for name in of_load})
+    return model.generate(prompt, template="alpaca" if with_prompt else "none", **options)

@@ -79,13 +79,6 @@ class Adapter:
         start = str(self.config.get("init_lora_weights") or "")
         if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "eva")):
             refused.append(f"init_lora_weights '{start}'")  # they change the base's weights, too
-        alpha = self.config.get("lora_alpha")
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise DamagedFile(
-                f"{self.directory / 'adapter_config.json'} gives {alpha!r} as 'lora_alpha'.",
-                "A number belongs there: it says how much of the adapter is added.",
-                finding="damaged-file",
-            )
         if self.config.get("bias", "none") != "none":
             refused.append("bias")
         if refused:
@@ -144,12 +137,14 @@ class Adapter:
             readable = all(map(math.isfinite, scales.values()))
             saved = self.config.get("modules_to_save") or []
             readable &= isinstance(saved, list) and all(isinstance(name, str) for name in saved)
+            alpha = self.config.get("lora_alpha")
+            readable &= isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
         except (TypeError, ValueError, AttributeError, re.error):
             readable = False
         if not readable:
             raise DamagedFile(
                 f"{self.directory / 'adapter_config.json'} cannot be understood.",
-                "alpha_pattern, rank_pattern or modules_to_save is not what PEFT writes.",
+                "lora_alpha, alpha_pattern, rank_pattern or modules_to_save is not what PEFT writes.",
                 finding="damaged-file",
             )
         for module, rank in ranks.items():
@@ -191,7 +186,7 @@ class Adapter:
     def scale(self, module: str) -> float:
         """Return alpha / r for `module` (alpha / sqrt(r) for a rank-stabilised LoRA)."""
         rank = self.spec(self.pairs[module]["A"]).rows
-        alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
+        alpha = self._pattern("alpha_pattern", module, self.config.get("lora_alpha"))
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
 

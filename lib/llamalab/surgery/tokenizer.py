@@ -169,18 +169,13 @@ def fitting_model(checkpoint: Checkpoint) -> proto.ModelProto:
     pieces, rows = len(model.pieces), checkpoint.vocab_size
     if pieces == rows or (padded(rows, pieces) and not _one_pad_apart(model, rows)):
         return model
-    finding, why = "vocabulary-mismatch", "The tokenizer and the weights are not of the same model."
+    finding = "vocabulary-mismatch"
     if _one_pad_apart(model, rows):
         finding = "mixed-vocabularies"
-        why = (
-            "One is of the llama family and one of the alpaca family, which has one pad token more."
-        )
     elif pieces < rows and appended(model) == pieces:
         finding = "base-tokenizer"
-        why = "It is the base's tokenizer: it has no Chinese pieces, and the weights were extended."
     raise Incompatible(
         f"{checkpoint.tokenizer} has {pieces:,} pieces, and the embedding has {rows:,} rows.",
-        why,
         finding=finding,
     )
 
