@@ -21,7 +21,7 @@ BIN := $(if $(CONDA),$(CONDA),$(CURDIR)/.venv)/bin
 IN_ENV = PATH="$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run nightly lab demo break test test-heavy bench rehearsal clean
+.PHONY: help setup run nightly lab demo break test test-fast test-heavy bench rehearsal clean
 
 help: ## Show this list
 	@echo "Usage: make TARGET (each one sets up what it needs first)"
@@ -51,9 +51,14 @@ demo: setup ## Serve lesson 06 as a web page without code, for this machine only
 break: setup ## Make a broken model to diagnose: make break CASE=twice; without CASE, list them
 	@$(IN_ENV) python -W ignore -m llamalab_course.broken_models $(CASE)
 
-test: setup ## Check style, then run the tests, every notebook among them
+test: setup ## Check style and house rules, then run the tests, every notebook among them
 	@$(IN_ENV) ruff check lib tests benchmarks notebooks
 	@$(IN_ENV) python -m pytest $(ARGS)
+
+# Without what starts notebooks, clusters, browsers, or kills what it starts.
+test-fast: setup ## The quick tests: two minutes and a half on two cores
+	@$(IN_ENV) ruff check lib tests benchmarks notebooks
+	@$(IN_ENV) python -m pytest -m "not heavy and not slow" $(ARGS)
 
 test-heavy: setup ## Run the tests that take minutes, gigabytes or a GPU
 	@$(IN_ENV) python -m pytest -m heavy $(ARGS)
