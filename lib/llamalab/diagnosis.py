@@ -138,15 +138,11 @@ def diagnose(
     # Rows can be added for speed: it is the pieces that tell the family.
     rows = len(Tokenizer(view.tokenizer)) if sound else view.vocab_size
     family = catalog.family_of(view.made_of, rows)
-    if sound and not adapters:
-        case.look("BOS", _check_bos, case, view)
-    if sound and prompt:
-        case.look("prompt", _check_prompt, view, prompt, bool(with_prompt))
+    if sound:
+        _look_around(case, view, prompt, bool(with_prompt))
     # A base that is merged has the family asked for.
     if sound or list(case.findings) == ["applied-twice"]:
         _check_template(case, family, with_prompt)
-    if sound:
-        case.look("new rows", _check_appended_rows, view)
     if adapters:
         case.look("versions", _check_versions, opened)
     unread = "the values of all weights, and the order of q and k (by a forward pass)"
@@ -157,6 +153,15 @@ def diagnose(
     elif case.look("values", _check_values, view):
         _check_order(case, view, device)
     return case.end(_subject(view, family))
+
+
+def _look_around(case: _Case, view: Checkpoint, prompt: str, with_prompt: bool) -> None:
+    """Look at what surrounds sound weights: BOS, the prompt, the rows that were appended."""
+    if not case.adapters:
+        case.look("BOS", _check_bos, case, view)
+    if prompt:
+        case.look("prompt", _check_prompt, view, prompt, with_prompt)
+    case.look("new rows", _check_appended_rows, view)
 
 
 class _Case:

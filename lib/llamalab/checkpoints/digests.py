@@ -149,6 +149,11 @@ def diagnose_bytes(path: str | os.PathLike, facts: FileFacts | None = None) -> s
         return f"The file is cut off: {size:,} of {wanted:,} bytes are there."
     if wanted is not None and size > wanted:
         return f"The file is {size - wanted:,} bytes too long: another version, or two in one."
+    return _diagnose_container(path, name, head, size)
+
+
+def _diagnose_container(path: Path, name: str, head: bytes, size: int) -> str | None:
+    """Return what is wrong with a file of the kind that its name promises, or None."""
     if name.endswith((".pth", ".bin", ".pt")):
         if head.startswith(b"\x80"):
             return "A bare pickle, as PyTorch wrote before 1.6; newer files are zip archives."
@@ -172,6 +177,7 @@ def compare_file(
     facts: FileFacts,
     on_bytes: Callable[[int], object] | None = None,
     found: dict[str, str] | None = None,
+    *,
     on_read: Callable[[float], object] | None = None,
 ) -> Row:
     """Compare one file with what is published of it: the size first, then every known digest.
