@@ -269,15 +269,15 @@ def _check_bos(case: _Case, view: Checkpoint) -> None:
             begins = tokenizers.Tokenizer.from_file(str(fast)).encode("a").ids[0]
         except Exception as error:  # a bare Exception is all that the library raises
             raise _found("damaged-file", f"{fast} cannot be read: {error}.") from None
-        told = begins == Tokenizer(view.tokenizer).bos
+        adds_bos = begins == Tokenizer(view.tokenizer).bos
         seen, mend = f"{fast.name} does not begin a text with BOS.", "Make the model again."
     else:
-        said = read_json(config) if config.is_file() else {}
-        told = said.get("add_bos_token") is True
+        config_json = read_json(config) if config.is_file() else {}
+        adds_bos = config_json.get("add_bos_token") is True
         seen = f"{config.name} {'does not say' if config.is_file() else 'is missing, as is'} "
         seen += "add_bos_token." if config.is_file() else "tokenizer.json."
         mend = 'Put "add_bos_token": true into tokenizer_config.json, or make the model again.'
-    if not told:
+    if not adds_bos:
         raise _found(
             "no-bos",
             f"In {directory}, {seen}",

@@ -50,7 +50,7 @@ class TensorFile:
 
     def _open_torch(self) -> None:
         try:
-            held = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+            loaded = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # a damaged pickle can raise nearly anything
             name = re.search(r"GLOBAL (\S+)", str(error))
             if not isinstance(error, pickle.UnpicklingError) or not name:
@@ -61,16 +61,16 @@ class TensorFile:
                 "Get the file from a source you trust, and verify it.",
                 finding="damaged-file",
             ) from None
-        if not isinstance(held, dict) or not all(
+        if not isinstance(loaded, dict) or not all(
             isinstance(name, str)
             and isinstance(tensor, torch.Tensor)
             and tensor.dim()
             and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
-            for name, tensor in held.items()
+            for name, tensor in loaded.items()
         ):
             raise self._damaged(ValueError("it is not a dictionary of tensors"))
-        self.tensors = {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in held.items()}
-        self._slice = lambda name, start, stop: held[name][start:stop]
+        self.tensors = {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in loaded.items()}
+        self._slice = lambda name, start, stop: loaded[name][start:stop]
 
     def _damaged(self, error: Exception) -> LabError:
         cause = diagnose_bytes(self.path) or str(error).strip().split("\n")[0]

@@ -275,8 +275,8 @@ def _show_settings(model, sampling, options) -> None:
     if options.show_settings:
         dtype = str(model.network.dtype).removeprefix("torch.")
         run = {"seed": options.seed, "device": str(model.device), "dtype": dtype}
-        told = sampling.normalised().as_dict() | run
-        print(json.dumps(told, ensure_ascii=False), file=sys.stderr)
+        settings = sampling.normalised().as_dict() | run
+        print(json.dumps(settings, ensure_ascii=False), file=sys.stderr)
 
 
 def _answer(model, sampling, options) -> int:

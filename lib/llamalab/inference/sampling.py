@@ -78,8 +78,8 @@ class Sampling:
 
 def settings() -> dict[str, Setting]:
     """Return the settings that are numbers, by name."""
-    metadata = {one.name: one.metadata for one in fields(Sampling)}
-    return {name: held["setting"] for name, held in metadata.items() if held}
+    numbers = [one for one in fields(Sampling) if one.metadata]
+    return {one.name: one.metadata["setting"] for one in numbers}
 
 
 def check_seed(seed: int) -> None:

@@ -106,8 +106,8 @@ def contains(base: Checkpoint, adapter: Adapter) -> bool:
     possible = {spec.dtype, torch.float16, torch.bfloat16}  # in which it may have been merged
     for start, stop in spec.blocks():
         stop = min(stop, rows)
-        held, new = base.read(base.embedding, start, stop), adapter.read(name, start, stop)
-        possible = {d for d in possible if torch.equal(held, new.to(d).to(spec.dtype))}
+        old, new = base.read(base.embedding, start, stop), adapter.read(name, start, stop)
+        possible = {d for d in possible if torch.equal(old, new.to(d).to(spec.dtype))}
         if not possible:
             return False
     return True
