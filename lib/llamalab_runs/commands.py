@@ -42,12 +42,12 @@ def add(command) -> None:
 
 
 def run_command(options) -> int:
-    from .notebooks import describe, find_notebook
+    from .notebooks import find_notebook, read_notebook
     from .run_index import prune, write_index
     from .runner import plan, plan_text
 
     if options.help_notebook:
-        print(describe(find_notebook(options.help_notebook)))
+        print(read_notebook(find_notebook(options.help_notebook)).describe())
         return 0
     parameters = _read_parameters(options.file) if options.file else {}
     for item in options.parameters:
@@ -102,7 +102,6 @@ def _sweep(options, parameters: dict) -> list:
     """Run a sweep, or say what it would run; the summary's place goes to standard output."""
     from llamalab.progress import say
 
-    from .notebooks import in_effect
     from .sweep import fitting_jobs, prepare, run_sweep
 
     if len(options.notebooks) != 1:
@@ -114,13 +113,16 @@ def _sweep(options, parameters: dict) -> list:
             raise UsageError(f"--sweep {name} is given twice.", "", "Give all its values at once.")
         grid[name] = values
     limit = options.memory_limit
-    swept = prepare(options.notebooks[0], grid, parameters, options.output_dir, limit, options.on)
+    where = {"output_dir": options.output_dir, "memory_limit": limit, "on": options.on}
+    swept = prepare(options.notebooks[0], grid, parameters, **where)
     jobs = fitting_jobs(swept, options.jobs or 1, limit)
     if options.prepare_only:
         place = f"on {options.on}" if options.on else f"{jobs} at once"
-        print(f"{swept.notebook.name}, {len(swept.points)} points, {place}, in {swept.directory}")
+        print(
+            f"{swept.notebook.path.name}, {len(swept.points)} points, {place}, in {swept.directory}"
+        )
         for number, point in enumerate(swept.points):
-            print(f"{number:4}  {in_effect(swept.notebook, point)}")
+            print(f"{number:4}  {swept.notebook.in_effect(point)}")
         return []
     if options.on:
         jobs = options.jobs
@@ -174,9 +176,9 @@ def _read_parameters(file: str) -> dict:
     import yaml
 
     try:
-        held = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        parameters = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"{file} cannot be read: {str(error).splitlines()[0]}.") from None
-    if not isinstance(held, dict):
+    if not isinstance(parameters, dict):
         raise UsageError(f"{file} is not a table of NAME: VALUE.")
-    return held
+    return parameters

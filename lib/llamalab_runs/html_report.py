@@ -54,10 +54,10 @@ def _shortened(output: NotebookNode) -> NotebookNode:
     if output.output_type == "error":
         return NotebookNode(output, traceback=[cut(line) for line in output.traceback])
     data = {
-        kind: cut(held) if isinstance(held, str) and kind == "text/plain" else held
-        for kind, held in output.data.items()
+        kind: cut(value) if isinstance(value, str) and kind == "text/plain" else value
+        for kind, value in output.data.items()
         # A page cannot show the front of a picture or a table; its plain text stands in.
-        if not (isinstance(held, str) and kind == "text/html" and len(held) > 100 * LONGEST)
+        if not (isinstance(value, str) and kind == "text/html" and len(value) > 100 * LONGEST)
     }
     return NotebookNode(output, data=NotebookNode(data))
 

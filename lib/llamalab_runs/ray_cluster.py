@@ -1,6 +1,6 @@
 """Points of a sweep, and batches of prompts, on a Ray cluster. Ray schedules, retries, carries.
 
-A point goes out as the notebook's text and its parameters, and comes back as the files of its
+A point goes out as the notebook and its parameters, and comes back as the files of its
 run; a batch goes out as text and comes back as answers. So the machines need llamalab, the same
 as here, and the large models, but no shared disk.
 """
@@ -12,31 +12,40 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from llamalab.errors import Incompatible, LabError, NotEnoughRoom, NotFound, UsageError
 
 import llamalab
 from llamalab import catalog
 from llamalab.catalog import AFFORDABLE, locate, models_directory
+from llamalab.errors import Incompatible, LabError, NotEnoughRoom, NotFound, UsageError
 from llamalab.files import write_text
 from llamalab.inference import Answer, Batch, Model, fitting_batch, loading
 from llamalab.surgery import adapter
 from llamalab.units import size_text
 
-from . import run_directory
-from .notebooks import in_effect
+from .notebooks import Notebook
 from .preflight import memory_to_set_aside, model_needs
-from .run_directory import MANIFEST, Run, partial_directory, read_run
-from .worker import Worker
+from .run_directory import (
+    MANIFEST,
+    Job,
+    Run,
+    Status,
+    as_json,
+    partial_directory,
+    read_run,
+    write_unrun,
+)
+from .worker import run_jobs
 
 RETRIES = 5
 """How often Ray runs a point again whose machine was lost."""
 
 CONNECTION_TRIES = 4
 """How often a cluster that is there is asked: the process it forks for us may hang at its start."""
-_worker = None  # of this Ray process: papermill is imported once, not for each point
+
 _model = None  # of this Ray process: (what `load` was told, what it gave)
 
 
@@ -54,7 +63,7 @@ def run_points(
         Incompatible: a machine of it lacks llamalab, or has another one, or lacks a large model.
         NotEnoughRoom: no machine of it has the memory for one point.
     """
-    values = [in_effect(sweep.notebook, sweep.points[point]) for point in todo]
+    values = [sweep.notebook.in_effect(sweep.points[point]) for point in todo]
     ray = _connect(on)
     try:
         machines = _machines(ray)
@@ -65,27 +74,23 @@ def run_points(
         task = ray.remote(run_point).options(
             num_cpus=1, num_gpus=int(gpu), memory=memory, max_retries=RETRIES
         )
-        text, waiting, going = sweep.notebook.read_bytes(), list(todo), {}
+        notebook, waiting, going = ray.put(sweep.notebook), list(todo), {}
         while waiting or going:
             while waiting and len(going) < (jobs or len(todo)):
                 point = waiting.pop(0)
-                sent = (sweep.notebook.name, text, sweep.points[point], limits)
-                going[task.remote(*sent)] = point
+                going[task.remote(notebook, sweep.points[point], limits)] = point
             (done,), _ = ray.wait(list(going))
             point = going.pop(done)
-            yield point, _take(ray, done, sweep, point)
+            yield point, _take(ray, done, sweep.job(point))
     finally:
         ray.shutdown()
 
 
-def run_point(name: str, text: bytes, parameters: dict, limits: dict) -> dict[str, bytes]:
+def run_point(notebook: Notebook, parameters: dict, limits: dict) -> dict[str, bytes]:
     """On a machine of the cluster: run one notebook; return the files of its run."""
-    global _worker
-    _worker = _worker or Worker()
     with tempfile.TemporaryDirectory() as folder:
-        notebook = Path(folder) / name
-        notebook.write_bytes(text)
-        run = _worker.run(notebook, Path(folder) / "run", parameters, **limits)
+        there = replace(notebook, path=Path(folder) / notebook.path.name)
+        ((_, run),) = run_jobs([Job(there, parameters, Path(folder) / "run", **limits)])
         return {file.name: file.read_bytes() for file in run.directory.iterdir()}
 
 
@@ -158,24 +163,21 @@ def answer_batch(how: dict, prompts: list[str], seeds: list[int], settings: dict
     return answers
 
 
-def _take(ray, done, sweep, point: int) -> Run:
+def _take(ray, done, job: Job) -> Run:
     """Write the directory of a point that has come back, or that Ray has given up."""
-    directory = sweep.place(point)
     try:
         files = ray.get(done)
     except ray.exceptions.RayError as error:
-        run = Run(sweep.notebook.name, sweep.points[point], directory, status="killed")
-        run.error = f"The cluster lost it: {str(error).strip().splitlines()[-1]}"
-        run_directory.write_unrun(run, sweep.notebook)
-        return run
-    partial = partial_directory(directory)
+        last_line = str(error).strip().splitlines()[-1]
+        return write_unrun(job, Status.KILLED, f"The cluster lost it: {last_line}")
+    partial = partial_directory(job.directory)
     partial.mkdir(parents=True, exist_ok=True)
-    for file, held in files.items():
-        (partial / Path(file).name).write_bytes(held)
-    os.replace(partial, directory)
-    run = read_run(directory)
+    for name, content in files.items():
+        (partial / Path(name).name).write_bytes(content)
+    os.replace(partial, job.directory)
+    run = read_run(job.directory)
     # The directory named in it was the machine's.
-    write_text(directory / MANIFEST, run_directory.as_json(run))
+    write_text(job.directory / MANIFEST, as_json(run))
     return run
 
 
