@@ -12,9 +12,8 @@ from llamalab.reports import COLOURS, paint
 
 def add(command) -> None:
     """Add `run` to the command line: `command(name, function, help)` gives its parser."""
-    added = command(
-        "run", run_command, "Run the course, or some of its notebooks, without a reader."
-    )
+    about = "Run the course, or some of its notebooks, without a reader."
+    added = command("run", run_command, about)
     added.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="a path, or 04")
     added.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", dest="parameters")
     added.add_argument("-f", metavar="FILE.yaml", dest="file", help="parameters from a file")
@@ -22,9 +21,7 @@ def add(command) -> None:
     added.add_argument("--help-notebook", metavar="N", help="list a notebook's parameters")
     added.add_argument("--prepare-only", action="store_true", help="say what would run, and stop")
     added.add_argument("--cell-timeout", type=positive, metavar="S", help="seconds for one cell")
-    added.add_argument(
-        "--memory-limit", type=size, metavar="B", help="bytes for one notebook, as in 4GB"
-    )
+    added.add_argument("--memory-limit", type=size, metavar="B", help="bytes a notebook, as in 4GB")
     added.add_argument(
         "--sweep",
         action="append",
@@ -33,12 +30,10 @@ def add(command) -> None:
         help="run one notebook at every point of a grid; values with commas: NAME=['a,b','c']",
     )
     added.add_argument(
-        "--jobs", type=positive, metavar="N", help="points at once; default 1, or the cluster's"
+        "--jobs", type=positive, metavar="N", help="points at once; 1, or the cluster's"
     )
     added.add_argument("--on", metavar="ray", help="ray, or ray://HOST:PORT: run a sweep there")
-    added.add_argument(
-        "--keep", type=positive, metavar="N", help="then remove all but each notebook's newest N"
-    )
+    added.add_argument("--keep", type=positive, metavar="N", help="keep a notebook's newest N runs")
 
 
 def run_command(options) -> int:
@@ -58,9 +53,7 @@ def run_command(options) -> int:
     if options.sweep:
         runs = _sweep(options, parameters)
     elif options.on or options.jobs:
-        raise UsageError(
-            "--on and --jobs are for a --sweep.", "The course's notebooks go in order."
-        )
+        raise UsageError("--on and --jobs are for a --sweep.", "Lessons go in order.")
     elif options.prepare_only:
         print(plan_text(plan(options.notebooks, parameters), options.memory_limit))
         return 0
@@ -79,14 +72,9 @@ def run_command(options) -> int:
 def _run_in_order(options, parameters: dict) -> list:
     from .runner import run
 
-    runs = run(
-        options.notebooks,
-        parameters,
-        output_dir=options.output_dir,
-        cell_timeout=options.cell_timeout,
-        memory_limit=options.memory_limit,
-        on_end=_print_run,
-    )
+    limits = {"cell_timeout": options.cell_timeout, "memory_limit": options.memory_limit}
+    where = {"output_dir": options.output_dir, "on_end": _print_run}
+    runs = run(options.notebooks, parameters, **where, **limits)
     for result in runs:
         for answer in result.results.get("answers", []):
             print()
@@ -118,9 +106,8 @@ def _sweep(options, parameters: dict) -> list:
     jobs = fitting_jobs(swept, options.jobs or 1, limit)
     if options.prepare_only:
         place = f"on {options.on}" if options.on else f"{jobs} at once"
-        print(
-            f"{swept.notebook.path.name}, {len(swept.points)} points, {place}, in {swept.directory}"
-        )
+        extent = f"{len(swept.points)} points, {place}, in {swept.directory}"
+        print(f"{swept.notebook.path.name}, {extent}")
         for number, point in enumerate(swept.points):
             print(f"{number:4}  {swept.notebook.in_effect(point)}")
         return []

@@ -27,14 +27,8 @@ def write_report(notebook: NotebookNode, report: Path) -> None:
         if cell.cell_type == "code":
             # A widget would fetch its program from the network; its plain text says little.
             cell.outputs = [_shortened(o) for o in cell.outputs if not _is_widget(o)]
-    exporter = HTMLExporter(
-        require_js_url="",
-        mathjax_url="",
-        jquery_url="",
-        mermaid_js_url="",
-        mermaid_layout_elk_js_url="",
-        jupyter_widgets_base_url="",
-    )
+    programs = "require_js mathjax jquery mermaid_js mermaid_layout_elk_js jupyter_widgets_base"
+    exporter = HTMLExporter(**{f"{name}_url": "" for name in programs.split()})
     write_text(report, exporter.from_notebook_node(notebook)[0])
 
 

@@ -38,15 +38,9 @@ class KernelJournal:
         self._write({"kind": "ready"})
 
     def add(self, kind: str, error: BaseException) -> None:
-        self._write(
-            {
-                "kind": kind,
-                "cell": self._shell.execution_count,
-                "ename": type(error).__name__,
-                "evalue": str(error),
-                "traceback": traceback.format_exception(error),
-            }
-        )
+        line = {"kind": kind, "cell": self._shell.execution_count}
+        line |= {"ename": type(error).__name__, "evalue": str(error)}
+        self._write(line | {"traceback": traceback.format_exception(error)})
 
     def _write(self, line: dict) -> None:
         # Opened each time: nothing is lost when the kernel is killed, nor closed by a notebook.

@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import io
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,10 +58,9 @@ class Notebook:
     def _parameter(self, name: str) -> Parameter:
         if name in self.parameters:
             return self.parameters[name]
-        near = difflib.get_close_matches(name, self.parameters, n=1)
         raise UsageError(
             f"{self.path.name} has no parameter '{name}'.",
-            f"Did you mean {near[0]}?" if near else f"It has: {', '.join(self.parameters)}.",
+            _nearest(name, self.parameters) or f"It has: {', '.join(self.parameters)}.",
             f"'llamalab run --help-notebook {self.path.stem}' lists them.",
         )
 
@@ -94,11 +93,13 @@ def find_notebook(name: str | Path) -> Path:
     if len(meant) == 1:
         return meant[0]
     stems = [lesson.stem for lesson in lessons]
-    near = difflib.get_close_matches(stem, stems, n=1)
-    raise NotFound(
-        f"There is no notebook '{name}'.",
-        f"Did you mean {near[0]}?" if near else f"The lessons are: {', '.join(stems)}.",
-    )
+    why = _nearest(stem, stems) or f"The lessons are: {', '.join(stems)}."
+    raise NotFound(f"There is no notebook '{name}'.", why)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"Did you mean {near[0]}?" if near else ""
 
 
 def lesson_notebooks() -> list[Path]:

@@ -26,18 +26,10 @@ from llamalab.inference import Answer, Batch, Model, fitting_batch, loading
 from llamalab.surgery import adapter
 from llamalab.units import size_text
 
+from . import run_directory
 from .notebooks import Notebook
 from .preflight import memory_to_set_aside, model_needs
-from .run_directory import (
-    MANIFEST,
-    Job,
-    Run,
-    Status,
-    as_json,
-    partial_directory,
-    read_run,
-    write_unrun,
-)
+from .run_directory import Job, Run, Status
 from .worker import run_jobs
 
 RETRIES = 5
@@ -68,12 +60,10 @@ def run_points(
     try:
         machines = _machines(ray)
         memory = max((memory_to_set_aside(v, limits["memory_limit"]) for v in values), default=0)
+        gpu = _have_gpu(machines) and any(v.get("device") != "cpu" for v in values)
         _require_memory(machines, memory)
         _require_there(ray, machines, large_models=_large_models(values))
-        gpu = _have_gpu(machines) and any(v.get("device") != "cpu" for v in values)
-        task = ray.remote(run_point).options(
-            num_cpus=1, num_gpus=int(gpu), memory=memory, max_retries=RETRIES
-        )
+        task = _task(ray, run_point, gpu, memory)
         notebook, waiting, going = ray.put(sweep.notebook), list(todo), {}
         while waiting or going:
             while waiting and len(going) < (jobs or len(todo)):
@@ -129,9 +119,7 @@ def answering(on: str, how: dict) -> Iterator[tuple[Model, Callable]]:
         _require_memory(machines, memory)
         _require_there(ray, machines, parts=parts)
         # Ray gives each task on a GPU a process of its own, so that none keeps what it holds.
-        task = ray.remote(answer_batch).options(
-            num_cpus=1, num_gpus=int(gpu), memory=memory, max_retries=RETRIES
-        )
+        task = _task(ray, answer_batch, gpu, memory)
         there = how | parts | {"dtype": str(chosen).removeprefix("torch.")}
 
         def answer(batches: list[Batch], settings: dict) -> Iterator[list[Answer]]:
@@ -169,15 +157,15 @@ def _take(ray, done, job: Job) -> Run:
         files = ray.get(done)
     except ray.exceptions.RayError as error:
         last_line = str(error).strip().splitlines()[-1]
-        return write_unrun(job, Status.KILLED, f"The cluster lost it: {last_line}")
-    partial = partial_directory(job.directory)
+        return run_directory.write_unrun(job, Status.KILLED, f"The cluster lost it: {last_line}")
+    partial = run_directory.partial_directory(job.directory)
     partial.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (partial / Path(name).name).write_bytes(content)
     os.replace(partial, job.directory)
-    run = read_run(job.directory)
+    run = run_directory.read_run(job.directory)
     # The directory named in it was the machine's.
-    write_text(job.directory / MANIFEST, as_json(run))
+    write_text(job.directory / run_directory.MANIFEST, run_directory.as_json(run))
     return run
 
 
@@ -188,9 +176,8 @@ def _connect(on: str):
     try:
         import ray
     except ImportError:
-        raise NotFound(
-            "Ray is not installed.", "", "Run: pip install 'llamalab[cluster]'"
-        ) from None
+        way_out = "Run: pip install 'llamalab[cluster]'"
+        raise NotFound("Ray is not installed.", "", way_out) from None
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     for tries_left in reversed(range(CONNECTION_TRIES)):
         try:
@@ -208,6 +195,11 @@ def _connect(on: str):
                 "On its first machine: ray start --head --ray-client-server-port 10001",
             ) from None
     return ray
+
+
+def _task(ray, function: Callable, gpu: bool, memory: int):
+    resources = {"num_cpus": 1, "num_gpus": int(gpu), "memory": memory}
+    return ray.remote(function).options(**resources, max_retries=RETRIES)
 
 
 def _machines(ray) -> list[dict]:

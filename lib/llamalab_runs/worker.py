@@ -70,7 +70,7 @@ class Worker:
 
     def __init__(self, job: Job, tries: int, environment: dict[str, str]):
         self.job, self.tries_left = job, tries - 1
-        self._kernel, self._error = 0, ""
+        self._seen = {}
         self.connection, theirs = FORKSERVER.Pipe()
         self._process = FORKSERVER.Process(target=serve, args=(job, environment, theirs))
         try:
@@ -85,8 +85,7 @@ class Worker:
             event = self.connection.recv()
         except (EOFError, OSError):
             return None
-        self._kernel = event.get("kernel", self._kernel)
-        self._error = event.get("error", self._error)
+        self._seen.update(event)
         return event
 
     def outcome(self) -> Run | None:
@@ -94,8 +93,8 @@ class Worker:
         if run := read_run(self.job.directory):
             return run
         self.stop()
-        if self._error:
-            return write_unrun(self.job, Status.FAILED, self._error)
+        if "error" in self._seen:
+            return write_unrun(self.job, Status.FAILED, self._seen["error"])
         if self.tries_left:
             return None
         error = f"The process around the kernel was killed, {TRIES} times."
@@ -107,8 +106,8 @@ class Worker:
         if self._process.pid:
             self._process.join(10)
             self._process.kill()
-        if self._kernel:
-            kill_group(self._kernel)
+        if "kernel" in self._seen:
+            kill_group(self._seen["kernel"])
         abandon(self.job.directory)
 
 
