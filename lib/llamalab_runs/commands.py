@@ -12,9 +12,8 @@ from llamalab.reports import STATUSES, paint
 
 def add(command) -> None:
     """Add `run` to the command line: `command(name, function, help)` gives its parser."""
-    added = command(
-        "run", run_command, "Run the course, or some of its notebooks, without a reader."
-    )
+    about = "Run the course, or some of its notebooks, without a reader."
+    added = command("run", run_command, about)
     added.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="a path, or 04")
     added.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", dest="parameters")
     added.add_argument("-f", metavar="FILE.yaml", dest="file", help="parameters from a file")
@@ -22,9 +21,7 @@ def add(command) -> None:
     added.add_argument("--help-notebook", metavar="N", help="list a notebook's parameters")
     added.add_argument("--prepare-only", action="store_true", help="say what would run, and stop")
     added.add_argument("--cell-timeout", type=positive, metavar="S", help="seconds for one cell")
-    added.add_argument(
-        "--memory-limit", type=size, metavar="B", help="bytes for one notebook, as in 4GB"
-    )
+    added.add_argument("--memory-limit", type=size, metavar="B", help="bytes a notebook, as in 4GB")
     added.add_argument(
         "--sweep",
         action="append",
@@ -33,21 +30,19 @@ def add(command) -> None:
         help="run one notebook at every point of a grid; values with commas: NAME=['a,b','c']",
     )
     added.add_argument(
-        "--jobs", type=positive, metavar="N", help="points at once; default 1, or the cluster's"
+        "--jobs", type=positive, metavar="N", help="points at once; 1, or the cluster's"
     )
     added.add_argument("--on", metavar="ray", help="ray, or ray://HOST:PORT: run a sweep there")
-    added.add_argument(
-        "--keep", type=positive, metavar="N", help="then remove all but each notebook's newest N"
-    )
+    added.add_argument("--keep", type=positive, metavar="N", help="keep a notebook's newest N runs")
 
 
 def run_command(options) -> int:
-    from .notebooks import describe, find_notebook
+    from .notebooks import find_notebook, read_notebook
     from .run_index import prune, write_index
     from .runner import plan, plan_text
 
     if options.help_notebook:
-        print(describe(find_notebook(options.help_notebook)))
+        print(read_notebook(find_notebook(options.help_notebook)).describe())
         return 0
     parameters = _read_parameters(options.file) if options.file else {}
     for item in options.parameters:
@@ -58,9 +53,7 @@ def run_command(options) -> int:
     if options.sweep:
         runs = _sweep(options, parameters)
     elif options.on or options.jobs:
-        raise UsageError(
-            "--on and --jobs are for a --sweep.", "The course's notebooks go in order."
-        )
+        raise UsageError("--on and --jobs are for a --sweep.", "Lessons go in order.")
     elif options.prepare_only:
         print(plan_text(plan(options.notebooks, parameters), options.memory_limit))
         return 0
@@ -79,14 +72,9 @@ def run_command(options) -> int:
 def _run_in_order(options, parameters: dict) -> list:
     from .runner import run
 
-    runs = run(
-        options.notebooks,
-        parameters,
-        output_dir=options.output_dir,
-        cell_timeout=options.cell_timeout,
-        memory_limit=options.memory_limit,
-        on_end=_print_run,
-    )
+    limits = {"cell_timeout": options.cell_timeout, "memory_limit": options.memory_limit}
+    where = {"output_dir": options.output_dir, "on_end": _print_run}
+    runs = run(options.notebooks, parameters, **where, **limits)
     for result in runs:
         for answer in result.results.get("answers", []):
             print()
@@ -102,7 +90,6 @@ def _sweep(options, parameters: dict) -> list:
     """Run a sweep, or say what it would run; the summary's place goes to standard output."""
     from llamalab.progress import say
 
-    from .notebooks import in_effect
     from .sweep import fitting_jobs, prepare, run_sweep
 
     if len(options.notebooks) != 1:
@@ -114,13 +101,15 @@ def _sweep(options, parameters: dict) -> list:
             raise UsageError(f"--sweep {name} is given twice.", "", "Give all its values at once.")
         grid[name] = values
     limit = options.memory_limit
-    swept = prepare(options.notebooks[0], grid, parameters, options.output_dir, limit, options.on)
+    where = {"output_dir": options.output_dir, "memory_limit": limit, "on": options.on}
+    swept = prepare(options.notebooks[0], grid, parameters, **where)
     jobs = fitting_jobs(swept, options.jobs or 1, limit)
     if options.prepare_only:
         place = f"on {options.on}" if options.on else f"{jobs} at once"
-        print(f"{swept.notebook.name}, {len(swept.points)} points, {place}, in {swept.directory}")
+        extent = f"{len(swept.points)} points, {place}, in {swept.directory}"
+        print(f"{swept.notebook.path.name}, {extent}")
         for number, point in enumerate(swept.points):
-            print(f"{number:4}  {in_effect(swept.notebook, point)}")
+            print(f"{number:4}  {swept.notebook.in_effect(point)}")
         return []
     if options.on:
         jobs = options.jobs
@@ -174,9 +163,9 @@ def _read_parameters(file: str) -> dict:
     import yaml
 
     try:
-        held = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        parameters = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"{file} cannot be read: {str(error).splitlines()[0]}.") from None
-    if not isinstance(held, dict):
+    if not isinstance(parameters, dict):
         raise UsageError(f"{file} is not a table of NAME: VALUE.")
-    return held
+    return parameters

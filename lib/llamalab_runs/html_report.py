@@ -27,14 +27,8 @@ def write_report(notebook: NotebookNode, report: Path) -> None:
         if cell.cell_type == "code":
             # A widget would fetch its program from the network; its plain text says little.
             cell.outputs = [_shortened(o) for o in cell.outputs if not _is_widget(o)]
-    exporter = HTMLExporter(
-        require_js_url="",
-        mathjax_url="",
-        jquery_url="",
-        mermaid_js_url="",
-        mermaid_layout_elk_js_url="",
-        jupyter_widgets_base_url="",
-    )
+    programs = "require_js mathjax jquery mermaid_js mermaid_layout_elk_js jupyter_widgets_base"
+    exporter = HTMLExporter(**{f"{name}_url": "" for name in programs.split()})
     write_whole(report, exporter.from_notebook_node(notebook)[0])
 
 
@@ -54,10 +48,10 @@ def _shortened(output: NotebookNode) -> NotebookNode:
     if output.output_type == "error":
         return NotebookNode(output, traceback=[cut(line) for line in output.traceback])
     data = {
-        kind: cut(held) if isinstance(held, str) and kind == "text/plain" else held
-        for kind, held in output.data.items()
+        kind: cut(value) if isinstance(value, str) and kind == "text/plain" else value
+        for kind, value in output.data.items()
         # A page cannot show the front of a picture or a table; its plain text stands in.
-        if not (isinstance(held, str) and kind == "text/html" and len(held) > 100 * LONGEST)
+        if not (isinstance(value, str) and kind == "text/html" and len(value) > 100 * LONGEST)
     }
     return NotebookNode(output, data=NotebookNode(data))
 

@@ -17,15 +17,16 @@ import time
 import traceback
 
 RESULTS = "application/vnd.llamalab.results+json"
-"""The MIME type under which `course.record` leaves results in a notebook."""
+"""The MIME type under which `lessons.record` leaves results in a notebook."""
 
 PATIENCE = 2.0
 """Seconds that threads and tasks get, after the last cell, to end or to fail."""
 
-ASK = "from llamalab import witness as _witness; await _witness.settle()"
+SETTLE = "from llamalab_runs import kernel_journal as _journal; await _journal.settle()"
 """What the kernel is asked to do, silently and outside every cell, when the last one has ended."""
+
 _OURS = ("ipykernel", "IPython", "tornado", "zmq", "jupyter_client")
-_witness = None
+_journal = None
 
 
 class KernelJournal:
@@ -36,16 +37,10 @@ class KernelJournal:
         self.threads = set(threading.enumerate())
         self._write({"kind": "ready"})
 
-    def tell(self, kind: str, error: BaseException) -> None:
-        self._write(
-            {
-                "kind": kind,
-                "cell": self._shell.execution_count,
-                "ename": type(error).__name__,
-                "evalue": str(error),
-                "traceback": traceback.format_exception(error),
-            }
-        )
+    def add(self, kind: str, error: BaseException) -> None:
+        line = {"kind": kind, "cell": self._shell.execution_count}
+        line |= {"ename": type(error).__name__, "evalue": str(error)}
+        self._write(line | {"traceback": traceback.format_exception(error)})
 
     def _write(self, line: dict) -> None:
         # Opened each time: nothing is lost when the kernel is killed, nor closed by a notebook.
@@ -58,26 +53,31 @@ class _AsyncioHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info and record.exc_info[1]:
-            _witness.tell("an asyncio task", record.exc_info[1])
+            _journal.add("an asyncio task", record.exc_info[1])
+
+
+def options(path: str) -> list[str]:
+    """Return what a kernel's command line needs so that it keeps its journal at `path`."""
+    return [f"--IPKernelApp.extra_extensions={__name__}", f"--KernelJournal.path={path}"]
 
 
 def load_ipython_extension(shell) -> None:
     """Begin to watch; IPython calls this when the kernel starts."""
-    global _witness
-    _witness = KernelJournal(shell, str(shell.config.Witness.journal))
+    global _journal
+    _journal = KernelJournal(shell, str(shell.config.KernelJournal.path))
     show, hook = shell.showtraceback, threading.excepthook
 
-    def showtraceback(exc_tuple=None, **options):
+    def showtraceback(exc_tuple=None, **how):
         # The cell's own error fails the cell; all others are shown and forgotten.
-        own = options.get("running_compiled_code") or options.get("exception_only")
+        own = how.get("running_compiled_code") or how.get("exception_only")
         error = exc_tuple[1] if exc_tuple else sys.exc_info()[1]
         if error is not None and not own:
-            _witness.tell("widget output", error)
-        return show(exc_tuple, **options)
+            _journal.add("widget output", error)
+        return show(exc_tuple, **how)
 
     def excepthook(arguments):
         if arguments.exc_value is not None:
-            _witness.tell("a thread", arguments.exc_value)
+            _journal.add("a thread", arguments.exc_value)
         hook(arguments)
 
     shell.showtraceback, threading.excepthook = showtraceback, excepthook
@@ -94,7 +94,7 @@ async def settle() -> None:
         # `type` and not `isinstance`, which would wake lazy modules and proxies.
         if issubclass(type(thing), asyncio.Future) and thing.done() and not thing.cancelled():
             if thing._log_traceback:  # asyncio's own mark: it failed and nobody has looked
-                _witness.tell("an asyncio task", thing.exception())
+                _journal.add("an asyncio task", thing.exception())
 
 
 def _running_tasks() -> list[asyncio.Task]:
@@ -107,4 +107,4 @@ def _running_tasks() -> list[asyncio.Task]:
 
 
 def _running_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if not t.daemon and t not in _witness.threads]
+    return [t for t in threading.enumerate() if not t.daemon and t not in _journal.threads]

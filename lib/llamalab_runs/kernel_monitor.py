@@ -20,35 +20,41 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 class KernelMonitor:
-    """Watches one kernel: where it is, what it holds, how it ended.
+    """Watches one kernel: which cell it runs, what it holds, how it ended.
 
     Args:
         limit: bytes of its own that the kernel and its children may hold; more ends them.
-        tell: called with {"kernel": pid} and with {"cell": number, "of": count}.
+        on_event: called with {"kernel": pid} and with {"cell": number, "of": count}.
+
+    Attributes:
+        notebook: what is executed, as far as it has come.
+        cell: the index of the cell that runs, or ran last; -1 before the first.
+        exit_code: of a kernel that ended before it was asked to.
+        seconds, peaks: cell -> what it took, and the most bytes that the kernel held.
     """
 
-    def __init__(self, limit: int | None, tell: Callable[[dict], None]):
-        self.limit, self.tell = limit, tell
+    def __init__(self, limit: int | None, on_event: Callable[[dict], None]):
+        self.limit, self.on_event = limit, on_event
         self.notebook: NotebookNode | None = None
-        self.cell, self.pid, self.exit_code = -1, 0, None
-        self.over_limit = 0
+        self.cell, self.exit_code = -1, None
         self.seconds: dict[int, float] = {}
         self.peaks: dict[int, int] = {}
+        self._pid, self._excess = 0, 0
         self._end = threading.Event()
 
     def start(self, pid: int) -> None:
-        self.pid, self._process = pid, psutil.Process(pid)
+        self._pid, self._process = pid, psutil.Process(pid)
         self._counter = _oom_counter(pid)
         self._kills = _oom_kills(self._counter)
-        self.tell({"kernel": pid})
+        self.on_event({"kernel": pid})
         self._thread = threading.Thread(target=self._look_often, daemon=True)
         self._thread.start()
 
     def begin(self, cell: int) -> None:
         with contextlib.suppress(OSError):  # Linux: the kernel's peak counts from here on
-            Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+            Path(f"/proc/{self._pid}/clear_refs").write_text("5")
         self.cell, self._began = cell, time.monotonic()
-        self.tell({"cell": cell + 1, "of": len(self.notebook.cells)})
+        self.on_event({"cell": cell + 1, "of": len(self.notebook.cells)})
 
     def end(self) -> None:
         self.seconds[self.cell] = round(time.monotonic() - self._began, 3)
@@ -57,15 +63,15 @@ class KernelMonitor:
     def stop(self) -> None:
         """Stop watching; whatever is left of the kernel and its children ends."""
         self._end.set()
-        if self.pid:
+        if self._pid:
             self._thread.join()
-            kill_group(self.pid)
+            kill_group(self._pid)
 
     def cause_of_death(self) -> str:
         """Return why a kernel that was not asked to leave did so, as far as there is evidence."""
-        if self.over_limit:
+        if self._excess:
             return (
-                f"the kernel held {size_text(self.over_limit)}, over the memory limit of "
+                f"the kernel held {size_text(self._excess)}, over the memory limit of "
                 f"{size_text(self.limit)}, and was ended."
             )
         if self.exit_code is not None and self.exit_code >= 0:
@@ -81,14 +87,14 @@ class KernelMonitor:
     def _look_often(self) -> None:
         while not self._end.wait(0.05):
             self._look()
-            if self.limit and (held := self._held()) > self.limit:
-                self.over_limit = held
-                kill_group(self.pid)
+            if self.limit and (memory := self._own_memory()) > self.limit:
+                self._excess = memory
+                kill_group(self._pid)
                 return
 
     def _look(self) -> None:
         try:
-            status = Path(f"/proc/{self.pid}/status").read_text()
+            status = Path(f"/proc/{self._pid}/status").read_text()
             peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
         except (OSError, TypeError):  # not Linux, or it has ended
             try:
@@ -97,14 +103,14 @@ class KernelMonitor:
                 return
         self.peaks[self.cell] = max(peak, self.peaks.get(self.cell, 0))
 
-    def _held(self) -> int:
+    def _own_memory(self) -> int:
         """Return the bytes that the kernel and its children hold, pages of files left out."""
-        held = 0
+        total = 0
         with contextlib.suppress(psutil.Error):
             for process in (self._process, *self._process.children(recursive=True)):
                 memory = process.memory_info()
-                held += memory.rss - getattr(memory, "shared", 0)
-        return held
+                total += memory.rss - getattr(memory, "shared", 0)
+        return total
 
 
 def kill_group(pid: int) -> None:
@@ -115,19 +121,14 @@ def kill_group(pid: int) -> None:
 
 def _oom_counter(pid: int) -> Path:
     """Return the file in which the system counts processes ended for lack of memory."""
-    groups = {}
+    group = ""
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            groups |= {kind: path.lstrip("/") for kind in kinds.split(",")}
-    for kind, folder, name in (
-        ("memory", CGROUPS / "memory", "memory.oom_control"),  # cgroup 1
-        ("", CGROUPS, "memory.events"),  # cgroup 2
-    ):
-        # In a container the path may be the host's, and the mount shows our own group.
-        for file in (folder / groups.get(kind, "") / name, folder / name):
-            if kind in groups and file.is_file():
-                return file
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        group = next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), "")
+    # In a container the path may be the host's, and the mount shows our own group.
+    for file in (CGROUPS / group / "memory.events", CGROUPS / "memory.events"):
+        if file.is_file():
+            return file
     return Path("/proc/vmstat")
 
 

@@ -1,19 +1,21 @@
-"""Notebooks before they run: found, and their parameters read and fitted."""
+"""Notebooks before they run: found, read once, and their parameters fitted."""
 
 from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
 import io
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-from llamalab.errors import DamagedFile, NotFound, UsageError
+from nbformat import NotebookNode
 
 from llamalab.catalog import project_directory
+from llamalab.errors import DamagedFile, NotFound, UsageError
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,56 @@ class Parameter:
     type: str
     default: object
     help: str
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook as it was when it was read; whoever runs it works on a copy of `node`.
+
+    Attributes:
+        path: its file, absolute; it runs in that file's directory.
+        node: the parsed notebook.
+        digest: sha256 of the file.
+        parameters: name -> what the cell tagged `parameters` declares.
+        needs: what its metadata says that it asks of a machine, `{"llamalab": {"needs": […]}}`:
+            "memory" (it loads the model, to answer), "disk" (it downloads, converts or merges).
+    """
+
+    path: Path
+    node: NotebookNode
+    digest: str
+    parameters: dict[str, Parameter]
+    needs: frozenset[str]
+
+    def fit(self, given: Mapping[str, object]) -> dict:
+        """Return `given` with texts turned into the types that the notebook declares.
+
+        Raises:
+            UsageError: an unknown name, or a value that does not fit; nothing has run.
+        """
+        return {name: _fit(self._parameter(name), value) for name, value in given.items()}
+
+    def _parameter(self, name: str) -> Parameter:
+        if name in self.parameters:
+            return self.parameters[name]
+        raise UsageError(
+            f"{self.path.name} has no parameter '{name}'.",
+            _nearest(name, self.parameters) or f"It has: {', '.join(self.parameters)}.",
+            f"'llamalab run --help-notebook {self.path.stem}' lists them.",
+        )
+
+    def in_effect(self, fitted: Mapping[str, object]) -> dict:
+        """Return the values of all parameters, defaults included."""
+        return {p.name: p.default for p in self.parameters.values()} | dict(fitted)
+
+    def describe(self) -> str:
+        """Return a table of the parameters: name, type, default and help."""
+        rows = [(p.name, p.type, repr(p.default), p.help) for p in self.parameters.values()]
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+        return "\n".join(
+            "  ".join([*(text.ljust(w) for text, w in zip(row, widths, strict=False)), row[3]])
+            for row in rows
+        )
 
 
 def find_notebook(name: str | Path) -> Path:
@@ -37,15 +89,17 @@ def find_notebook(name: str | Path) -> Path:
         return path
     lessons = lesson_notebooks()
     stem = path.name.removesuffix(".ipynb")
-    found = [lesson for lesson in lessons if lesson.stem == stem or lesson.stem[:2] == stem]
-    if len(found) == 1:
-        return found[0]
+    meant = [lesson for lesson in lessons if stem in (lesson.stem, lesson.stem[:2])]
+    if len(meant) == 1:
+        return meant[0]
     stems = [lesson.stem for lesson in lessons]
-    near = difflib.get_close_matches(stem, stems, n=1)
-    raise NotFound(
-        f"There is no notebook '{name}'.",
-        f"Did you mean {near[0]}?" if near else f"The lessons are: {', '.join(stems)}.",
-    )
+    why = _nearest(stem, stems) or f"The lessons are: {', '.join(stems)}."
+    raise NotFound(f"There is no notebook '{name}'.", why)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"Did you mean {near[0]}?" if near else ""
 
 
 def lesson_notebooks() -> list[Path]:
@@ -53,59 +107,51 @@ def lesson_notebooks() -> list[Path]:
     return sorted((project_directory() / "notebooks").glob("[0-9]*.ipynb"))
 
 
-def parameters_of(notebook: Path) -> dict[str, Parameter]:
-    """Return the parameters that a notebook declares in the cell tagged `parameters`.
+def read_notebook(path: Path) -> Notebook:
+    """Read a notebook: the one time that a run, or a whole sweep, opens the file.
 
     Raises:
-        DamagedFile: it is not a notebook, or a line of that cell is not a declaration.
+        DamagedFile: it is not a notebook, or a line of its parameters cell is no declaration.
     """
     try:
-        cells = nbformat.read(notebook, as_version=4).cells
+        content = path.read_bytes()
+        node = nbformat.reads(content.decode("utf-8"), as_version=4)
+        needs = frozenset(node.metadata.get("llamalab", {}).get("needs", []))
     except Exception as error:  # nbformat raises many kinds
-        raise DamagedFile(f"{notebook} is not a notebook.", str(error).split("\n")[0]) from None
-    source = "\n".join(c.source for c in cells if "parameters" in c.metadata.get("tags", []))
+        raise DamagedFile(f"{path} is not a notebook.", str(error).split("\n")[0]) from None
+    digest = hashlib.sha256(content).hexdigest()
+    return Notebook(path.absolute(), node, digest, _declared(node, path), needs)
+
+
+def parameters_of(path: Path) -> dict[str, Parameter]:
+    """Return the parameters that the notebook in a file declares; raises as `read_notebook`."""
+    return read_notebook(path).parameters
+
+
+def _declared(node: NotebookNode, path: Path) -> dict[str, Parameter]:
+    cells = [cell for cell in node.cells if "parameters" in cell.metadata.get("tags", [])]
+    source = "\n".join(cell.source for cell in cells)
     try:
         lines = ast.parse(source).body
     except SyntaxError as error:
-        raise DamagedFile(f"{notebook}: its parameters cell is not Python: {error}.") from None
+        raise DamagedFile(f"{path}: its parameters cell is not Python: {error}.") from None
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    found = {}
+    parameters = {}
     for line in lines:
         try:
-            name, kind, default = line.target.id, ast.unparse(line.annotation), line.value
-            found[name] = Parameter(
-                name, kind, ast.literal_eval(default), comments.get(line.lineno, "")
-            )
+            name, kind = line.target.id, ast.unparse(line.annotation)
+            default = ast.literal_eval(line.value)
         except (AttributeError, ValueError, TypeError):
             raise DamagedFile(
-                f"{notebook}: '{ast.unparse(line)}' is not 'name: type = literal'.",
+                f"{path}: '{ast.unparse(line)}' is not 'name: type = literal'.",
                 "Every line of the parameters cell declares one parameter.",
             ) from None
-    return found
-
-
-def fit_parameters(notebook: Path, given: Mapping[str, object]) -> dict:
-    """Return `given` with texts turned into the types that `notebook` declares.
-
-    Raises:
-        UsageError: an unknown name, or a value that does not fit; nothing has run.
-    """
-    declared = parameters_of(notebook)
-    fitted = {}
-    for name, value in given.items():
-        if name not in declared:
-            near = difflib.get_close_matches(name, declared, n=1)
-            raise UsageError(
-                f"{notebook.name} has no parameter '{name}'.",
-                f"Did you mean {near[0]}?" if near else f"It has: {', '.join(declared)}.",
-                f"'llamalab run --help-notebook {notebook.stem}' lists them.",
-            )
-        fitted[name] = _fit(declared[name], value)
-    return fitted
+        parameters[name] = Parameter(name, kind, default, comments.get(line.lineno, ""))
+    return parameters
 
 
 def _fit(parameter: Parameter, value: object) -> object:
@@ -123,19 +169,4 @@ def _fit(parameter: Parameter, value: object) -> object:
         pass
     raise UsageError(
         f"{parameter.name} is {value!r}; the notebook wants {parameter.type}.", parameter.help
-    )
-
-
-def in_effect(notebook: Path, fitted: Mapping[str, object]) -> dict:
-    """Return the values of all parameters, defaults included."""
-    return {p.name: p.default for p in parameters_of(notebook).values()} | dict(fitted)
-
-
-def describe(notebook: Path) -> str:
-    """Return a table of the notebook's parameters: name, type, default and help."""
-    rows = [(p.name, p.type, repr(p.default), p.help) for p in parameters_of(notebook).values()]
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
-    return "\n".join(
-        "  ".join([*(text.ljust(w) for text, w in zip(row, widths, strict=False)), row[3]])
-        for row in rows
     )

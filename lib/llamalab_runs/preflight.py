@@ -1,15 +1,12 @@
 """Before a kernel starts: can this machine hold what a notebook would load or make?
 
-By arithmetic on the catalogue's entry; a model that the catalogue does not know is not judged.
+By what the notebook declares and by arithmetic on the catalogue's entry. A notebook that declares
+nothing, and a model that the catalogue does not know, are not judged.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
-
-import nbformat
 
 from llamalab import catalog, environment
 from llamalab.catalog import RUNTIME, Needs, models_directory, needs
@@ -17,8 +14,7 @@ from llamalab.errors import NotEnoughRoom
 from llamalab.files import disk_free
 from llamalab.units import size_text
 
-ANSWERS = re.compile(r"\b(?:load|generate|diagnose)\(")
-MAKES = re.compile(r"\b(?:download|convert|merge)\(")
+from .notebooks import Notebook
 
 
 def model_needs(parameters: Mapping[str, object]) -> Needs | None:
@@ -33,13 +29,14 @@ def memory_to_set_aside(parameters: Mapping[str, object], memory_limit: int | No
     return memory_limit or (need.cpu_memory if need else RUNTIME)
 
 
-def require_room(
-    notebook: Path, parameters: Mapping[str, object], memory_limit: int | None = None
+def require_resources(
+    notebook: Notebook, parameters: Mapping[str, object], memory_limit: int | None = None
 ) -> None:
     """Refuse a notebook whose model cannot fit.
 
     Args:
         parameters: the values in effect, defaults included.
+        memory_limit: bytes that the kernel may hold, where that is less than the machine has.
 
     Raises:
         NotEnoughRoom: too little memory, GPU memory or disk; the message shows the arithmetic.
@@ -47,31 +44,35 @@ def require_room(
     need = model_needs(parameters)
     if need is None:
         return
-    cells = nbformat.read(notebook, as_version=4).cells
-    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-    directory = models_directory(str(parameters.get("models_dir", "")))
     missing = []
-    if MAKES.search(code):
-        there = environment.already_there(catalog.model(need.model), directory)
-        free = disk_free(directory)
-        missing += _missing("disk", need.disk - min(there, need.disk), free)
-    ram = environment.memory_available()
-    if memory_limit and ram is not None:
-        ram = min(ram, memory_limit)
-    device = str(parameters.get("device", "auto"))
-    if ANSWERS.search(code) and ram is not None:
-        on_cpu = _missing("memory on the CPU", need.cpu_memory, ram)
-        if device.startswith("cuda") or (device == "auto" and on_cpu):
-            on_gpu = _missing("GPU memory", need.inference_memory, environment.gpu_memory())
-            missing += on_gpu and (on_gpu if device != "auto" else on_gpu + on_cpu)
-        else:
-            missing += on_cpu
+    if "disk" in notebook.needs:
+        missing += _missing_disk(need, str(parameters.get("models_dir", "")))
+    if "memory" in notebook.needs:
+        missing += _missing_memory(need, str(parameters.get("device", "auto")), memory_limit)
     if missing:
         raise NotEnoughRoom(
-            f"{notebook.name} cannot run with {need.model} here: {'; '.join(missing)}.",
+            f"{notebook.path.name} cannot run with {need.model} here: {'; '.join(missing)}.",
             str(need),
             "Choose a smaller model ('llamalab models' lists them) or a larger machine.",
         )
+
+
+def _missing_disk(need: Needs, models_dir: str) -> list[str]:
+    directory = models_directory(models_dir)
+    there = environment.already_there(catalog.model(need.model), directory)
+    return _missing("disk", max(0, need.disk - there), disk_free(directory))
+
+
+def _missing_memory(need: Needs, device: str, memory_limit: int | None) -> list[str]:
+    """Return what is missing for answers on `device`; "auto" takes whichever holds the model."""
+    ram = environment.memory_available()
+    if ram is None:
+        return []
+    on_cpu = _missing("memory on the CPU", need.cpu_memory, min(ram, memory_limit or ram))
+    if not device.startswith("cuda") and not (device == "auto" and on_cpu):
+        return on_cpu
+    on_gpu = _missing("GPU memory", need.inference_memory, environment.gpu_memory())
+    return on_gpu + on_cpu if on_gpu and device == "auto" else on_gpu
 
 
 def _missing(what: str, needed: int, there: int) -> list[str]:

@@ -1,6 +1,6 @@
 """Points of a sweep, and batches of prompts, on a Ray cluster. Ray schedules, retries, carries.
 
-A point goes out as the notebook's text and its parameters, and comes back as the files of its
+A point goes out as the notebook and its parameters, and comes back as the files of its
 run; a batch goes out as text and comes back as answers. So the machines need llamalab, the same
 as here, and the large models, but no shared disk.
 """
@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ import torch
 import llamalab
 from llamalab import catalog
 from llamalab.catalog import AFFORDABLE, locate, models_directory
+from llamalab.checkpoints import Checkpoint
 from llamalab.errors import Incompatible, LabError, NotEnoughRoom, NotFound, UsageError
 from llamalab.files import write_whole
 from llamalab.inference import (
@@ -30,21 +32,21 @@ from llamalab.inference import (
     loading,
     render_text,
 )
-from llamalab.surgery import adapter
+from llamalab.surgery import Tokenizer, adapter_list
 from llamalab.units import size_text
 
 from . import run_directory
-from .notebooks import in_effect
+from .notebooks import Notebook
 from .preflight import memory_to_set_aside, model_needs
-from .run_directory import MANIFEST, Run, partial_directory, read_run
-from .worker import Worker
+from .run_directory import Job, Run, Status
+from .worker import run_jobs
 
 RETRIES = 5
 """How often Ray runs a point again whose machine was lost."""
 
 CONNECTION_TRIES = 4
 """How often a cluster that is there is asked: the process it forks for us may hang at its start."""
-_worker = None  # of this Ray process: papermill is imported once, not for each point
+
 _model = None  # of this Ray process: (what `load` was told, what it gave)
 
 
@@ -62,38 +64,32 @@ def run_points(
         Incompatible: a machine of it lacks llamalab, or has another one, or lacks a large model.
         NotEnoughRoom: no machine of it has the memory for one point.
     """
-    values = [in_effect(sweep.notebook, sweep.points[point]) for point in todo]
+    values = [sweep.notebook.in_effect(sweep.points[point]) for point in todo]
     ray = _connect(on)
     try:
         machines = _machines(ray)
         memory = max((memory_to_set_aside(v, limits["memory_limit"]) for v in values), default=0)
+        gpu = _have_gpu(machines) and any(v.get("device") != "cpu" for v in values)
         _require_memory(machines, memory)
         _require_there(ray, machines, large_models=_large_models(values))
-        gpu = _have_gpu(machines) and any(v.get("device") != "cpu" for v in values)
-        task = ray.remote(run_point).options(
-            num_cpus=1, num_gpus=int(gpu), memory=memory, max_retries=RETRIES
-        )
-        text, waiting, going = sweep.notebook.read_bytes(), list(todo), {}
+        task = _task(ray, run_point, gpu, memory)
+        notebook, waiting, going = ray.put(sweep.notebook), list(todo), {}
         while waiting or going:
             while waiting and len(going) < (jobs or len(todo)):
                 point = waiting.pop(0)
-                sent = (sweep.notebook.name, text, sweep.points[point], limits)
-                going[task.remote(*sent)] = point
+                going[task.remote(notebook, sweep.points[point], limits)] = point
             (done,), _ = ray.wait(list(going))
             point = going.pop(done)
-            yield point, _take(ray, done, sweep, point)
+            yield point, _take(ray, done, sweep.job(point))
     finally:
         ray.shutdown()
 
 
-def run_point(name: str, text: bytes, parameters: dict, limits: dict) -> dict[str, bytes]:
+def run_point(notebook: Notebook, parameters: dict, limits: dict) -> dict[str, bytes]:
     """On a machine of the cluster: run one notebook; return the files of its run."""
-    global _worker
-    _worker = _worker or Worker()
     with tempfile.TemporaryDirectory() as folder:
-        notebook = Path(folder) / name
-        notebook.write_bytes(text)
-        run = _worker.run(notebook, Path(folder) / "run", parameters, **limits)
+        there = replace(notebook, path=Path(folder) / notebook.path.name)
+        ((_, run),) = run_jobs([Job(there, parameters, Path(folder) / "run", **limits)])
         return {file.name: file.read_bytes() for file in run.directory.iterdir()}
 
 
@@ -118,7 +114,7 @@ def answering(on: str, how: dict) -> Iterator[tuple[Model, Callable]]:
     own = how["tokenizer_path"]
     parts = {
         "base_model": absolute(how["base_model"]),
-        "lora_model": [absolute(item) for item in adapter.adapter_list(how["lora_model"])],
+        "lora_model": [absolute(item) for item in adapter_list(how["lora_model"])],
         "tokenizer_path": own and str(Path(own).resolve()),
         "force": how["force"],
     }
@@ -132,9 +128,7 @@ def answering(on: str, how: dict) -> Iterator[tuple[Model, Callable]]:
         _require_memory(machines, memory)
         _require_there(ray, machines, parts=parts)
         # Ray gives each task on a GPU a process of its own, so that none keeps what it holds.
-        task = ray.remote(answer_batch).options(
-            num_cpus=1, num_gpus=int(gpu), memory=memory, max_retries=RETRIES
-        )
+        task = _task(ray, answer_batch, gpu, memory)
         there = how | parts | {"dtype": str(chosen).removeprefix("torch.")}
 
         def answer(batches: list[Batch], sampling: Sampling) -> Iterator[list[Answer]]:
@@ -145,9 +139,18 @@ def answering(on: str, how: dict) -> Iterator[tuple[Model, Callable]]:
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None  # without Ray's own report around it
 
-        yield loading.without_weights(view, chosen), answer
+        yield _without_weights(view, chosen), answer
     finally:
         ray.shutdown()
+
+
+def _without_weights(view: Checkpoint, dtype: torch.dtype) -> Model:
+    """Return a model that knows its tokenizer and its limits, and cannot answer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        network = LlamaForCausalLM(LlamaConfig.from_dict(view.config)).to(dtype)
+    return Model(network, Tokenizer(view.tokenizer), view.made_of)
 
 
 def answer_batch(
@@ -168,24 +171,21 @@ def answer_batch(
     return answers
 
 
-def _take(ray, done, sweep, point: int) -> Run:
+def _take(ray, done, job: Job) -> Run:
     """Write the directory of a point that has come back, or that Ray has given up."""
-    directory = sweep.place(point)
     try:
         files = ray.get(done)
     except ray.exceptions.RayError as error:
-        run = Run(sweep.notebook.name, sweep.points[point], directory, status="killed")
-        run.error = f"The cluster lost it: {str(error).strip().splitlines()[-1]}"
-        run_directory.write_unrun(run, sweep.notebook)
-        return run
-    partial = partial_directory(directory)
+        last_line = str(error).strip().splitlines()[-1]
+        return run_directory.write_unrun(job, Status.KILLED, f"The cluster lost it: {last_line}")
+    partial = run_directory.partial_directory(job.directory)
     partial.mkdir(parents=True, exist_ok=True)
-    for file, held in files.items():
-        (partial / Path(file).name).write_bytes(held)
-    os.replace(partial, directory)
-    run = read_run(directory)
+    for name, content in files.items():
+        (partial / Path(name).name).write_bytes(content)
+    os.replace(partial, job.directory)
+    run = run_directory.read_run(job.directory)
     # The directory named in it was the machine's.
-    write_whole(directory / MANIFEST, run_directory.as_json(run))
+    write_whole(job.directory / run_directory.MANIFEST, run_directory.as_json(run))
     return run
 
 
@@ -196,9 +196,8 @@ def _connect(on: str):
     try:
         import ray
     except ImportError:
-        raise NotFound(
-            "Ray is not installed.", "", "Run: pip install 'llamalab[cluster]'"
-        ) from None
+        way_out = "Run: pip install 'llamalab[cluster]'"
+        raise NotFound("Ray is not installed.", "", way_out) from None
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     for tries_left in reversed(range(CONNECTION_TRIES)):
         try:
@@ -216,6 +215,11 @@ def _connect(on: str):
                 "On its first machine: ray start --head --ray-client-server-port 10001",
             ) from None
     return ray
+
+
+def _task(ray, function: Callable, gpu: bool, memory: int):
+    resources = {"num_cpus": 1, "num_gpus": int(gpu), "memory": memory}
+    return ray.remote(function).options(**resources, max_retries=RETRIES)
 
 
 def _machines(ray) -> list[dict]:

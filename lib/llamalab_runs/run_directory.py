@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,31 +25,53 @@ from llamalab.catalog import project_directory
 from llamalab.files import write_whole
 
 from .html_report import write_report
-
-
-def new_directory(output_dir: str | Path, notebook: Path, key: str = "") -> Path:
-    """Return a name that no other run has: `<UTC>-<stem>-<6 hex>`, the last by chance or `key`."""
-    began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    return Path(output_dir).absolute() / f"{began}-{notebook.stem}-{key or secrets.token_hex(3)}"
-
+from .notebooks import Notebook
 
 MANIFEST = "manifest.json"
 BANNER = "papermill-error-cell-tag"  # papermill takes cells with this tag out of a next run
+
+
+class Status(StrEnum):
+    """What became of a run, and of each of its code cells."""
+
+    OK = "ok"
+    FAILED = "failed"
+    KILLED = "killed"  # the kernel died
+    TIMEOUT = "timeout"  # a cell took too long
+    NOT_RUN = "not run"  # a cell that was not reached; a run is never that
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook that is to run once.
+
+    Attributes:
+        parameters: values that fit.
+        directory: where the run will lie; it appears whole, under this name, or not at all.
+        cell_timeout: seconds that one cell may take.
+        memory_limit: bytes of its own that the kernel may hold.
+    """
+
+    notebook: Notebook
+    parameters: dict
+    directory: Path
+    cell_timeout: int | None = None
+    memory_limit: int | None = None
 
 
 @dataclass
 class Run:
     """One run of one notebook, as `manifest.json` holds it.
 
-    `status` is "ok", "failed", "killed" (the kernel died) or "timeout" (a cell took too long);
-    `results` are what the notebook recorded; each of `cells` holds index (in the executed
-    notebook), status, seconds and peak_rss_bytes of the kernel's process; `digests` are sha256.
+    `status` is a `Status`; `results` are what the notebook recorded; each of `cells` holds index
+    (in the executed notebook), status, seconds and peak_rss_bytes of the kernel's process;
+    `digests` are sha256.
     """
 
     notebook: str
     parameters: dict
     directory: Path
-    status: str = "failed"
+    status: str = Status.FAILED
     error: str = ""
     seconds: float = 0.0
     peak_rss_bytes: int | None = None
@@ -60,11 +86,18 @@ class Run:
         return self.directory / f"{Path(self.notebook).stem}.html"
 
 
+def new_directory(output_dir: str | Path, notebook: Notebook, key: str = "") -> Path:
+    """Return a name that no other run has: `<UTC>-<stem>-<6 hex>`, the last by chance or `key`."""
+    began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    name = f"{began}-{notebook.path.stem}-{key or secrets.token_hex(3)}"
+    return Path(output_dir).absolute() / name
+
+
 def read_run(directory: Path) -> Run | None:
     """Return the run that a directory holds, or None where there is no whole one."""
     try:
-        held = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        return Run(**held | {"directory": directory})
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        return Run(**manifest | {"directory": directory})
     except (OSError, ValueError, TypeError):
         return None
 
@@ -74,16 +107,25 @@ def partial_directory(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.partial")
 
 
+def abandon(directory: Path) -> None:
+    """Remove what there is of a run that is not whole, though its writer may be at work still."""
+    partial = partial_directory(directory)
+    # Under another name nothing can be added to it, nor can it become a whole run.
+    gone = partial.with_name(f".{directory.name}.gone.partial")
+    with contextlib.suppress(OSError):
+        os.rename(partial, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def write_run(run: Run, notebook: NotebookNode, source_digest: str) -> None:
-    """Write a run's directory: notebook, report, manifest; then give it its name."""
+    """Write notebook, report and manifest into a run's partial directory; give it its name."""
     partial = partial_directory(run.directory)
-    partial.mkdir(parents=True, exist_ok=True)
     run.versions, run.commit = _versions(), _commit()
-    told = notebook.metadata.setdefault("papermill", {})
-    told |= {"input_path": run.notebook, "output_path": run.notebook}
-    told |= {"exception": run.status != "ok"}
-    notebook.metadata["llamalab"] = {"status": run.status, "error": run.error}
-    if run.status != "ok":
+    about = notebook.metadata.setdefault("papermill", {})
+    about |= {"input_path": run.notebook, "output_path": run.notebook}
+    about |= {"exception": run.status != Status.OK}
+    notebook.metadata.setdefault("llamalab", {}).update(status=run.status, error=run.error)
+    if run.status != Status.OK:
         text = "".join(f"    {line}\n" for line in (run.error or "failed").splitlines())
         banner = v4.new_markdown_cell(f"**This run: {run.status}**\n\n{text}")
         banner.metadata["tags"] = [BANNER]
@@ -95,38 +137,35 @@ def write_run(run: Run, notebook: NotebookNode, source_digest: str) -> None:
     write_report(notebook, report)
     run.digests = {"source": source_digest}
     for name, file in (("executed", executed), ("report", report)):
-        run.digests[name] = notebook_digest(file)
+        run.digests[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     write_whole(partial / MANIFEST, as_json(run))
     (partial / "journal").unlink(missing_ok=True)
     os.replace(partial, run.directory)
 
 
-def write_unrun(run: Run, source: Path) -> None:
-    """Write the directory of a run that nobody is left to tell of: no cell of `source` has run."""
-    notebook = nbformat.read(source, as_version=4)
+def write_unrun(job: Job, status: Status, error: str) -> Run:
+    """Write and return the run of a job that nobody is left to tell of: no cell has run."""
+    run = Run(job.notebook.path.name, job.parameters, job.directory, status, error)
+    notebook = copy.deepcopy(job.notebook.node)
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-            unknown = {"status": "not run", "seconds": None, "peak_rss_bytes": None}
+            unknown = {"status": Status.NOT_RUN, "seconds": None, "peak_rss_bytes": None}
             run.cells.append({"index": index} | unknown)
-    write_run(run, notebook, notebook_digest(source))
+    partial_directory(job.directory).mkdir(parents=True)
+    write_run(run, notebook, job.notebook.digest)
+    return run
 
 
 def as_json(run: Run) -> str:
     """Return the text of a manifest."""
-    held = asdict(run) | {"directory": str(run.directory)}
-    return json.dumps(held, indent=2, ensure_ascii=False) + "\n"
-
-
-def notebook_digest(file: Path) -> str:
-    """Return the sha256 of a file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest = asdict(run) | {"directory": str(run.directory)}
+    return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "papermill", "nbclient")
-    found = {name: version(name) for name in names}
-    return {"llamalab": __version__, "python": platform.python_version()} | found
+    packages = {name: version(name) for name in ("torch", "transformers", "papermill", "nbclient")}
+    return {"llamalab": __version__, "python": platform.python_version()} | packages
 
 
 def _commit() -> str | None:

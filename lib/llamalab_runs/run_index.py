@@ -18,8 +18,8 @@ NAME = re.compile(r"(\d{8}T\d{6}Z)-(.+)-[0-9a-f]{6}")
 
 def runs_in(output_dir: Path) -> list[Path]:
     """Return the directories of runs and of sweeps, the newest first."""
-    found = [path for path in output_dir.glob("*Z-*") if NAME.fullmatch(path.name)]
-    ours = [p for p in found if (p / "manifest.json").is_file() or (p / "sweep.json").is_file()]
+    named = [path for path in output_dir.glob("*Z-*") if NAME.fullmatch(path.name)]
+    ours = [p for p in named if (p / "manifest.json").is_file() or (p / "sweep.json").is_file()]
     return sorted(ours, key=lambda path: path.name, reverse=True)
 
 

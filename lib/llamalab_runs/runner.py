@@ -5,19 +5,17 @@ What happens to one notebook is in `execution`; many points of one are in `sweep
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llamalab.progress import terminal_bar
-
 from llamalab.units import size_text
 
-from .notebooks import find_notebook, fit_parameters, in_effect, lesson_notebooks, parameters_of
-from .preflight import memory_to_set_aside, require_room
-from .run_directory import Run, new_directory
-from .worker import Worker
+from .notebooks import Notebook, find_notebook, lesson_notebooks, read_notebook
+from .preflight import memory_to_set_aside, require_resources
+from .run_directory import Job, Run, Status, new_directory
+from .worker import run_jobs
 
 
 def run(
@@ -44,62 +42,55 @@ def run(
         UsageError: a parameter that no notebook declares, or a value that does not fit.
         NotEnoughRoom: a model that cannot fit this machine, by arithmetic.
     """
-    todo = plan(notebooks, parameters)
-    for path, fitted in todo:
-        require_room(path, in_effect(path, fitted), memory_limit)
-    limits = {"cell_timeout": cell_timeout, "memory_limit": memory_limit}
+    planned = plan(notebooks, parameters)
+    for notebook, fitted in planned:
+        require_resources(notebook, notebook.in_effect(fitted), memory_limit)
     runs = []
-    with Worker() as worker:
-        for path, fitted in todo:
-            with cells_bar(path.stem) as on_event:
-                runs.append(
-                    worker.run(
-                        path, new_directory(output_dir, path), fitted, **limits, on_event=on_event
-                    )
-                )
-            if on_end:
-                on_end(runs[-1])
-            if runs[-1].status != "ok":
-                break
+    for notebook, fitted in planned:
+        directory = new_directory(output_dir, notebook)
+        runs.append(_run_one(Job(notebook, fitted, directory, cell_timeout, memory_limit)))
+        if on_end:
+            on_end(runs[-1])
+        if runs[-1].status != Status.OK:
+            break
     return runs
 
 
 def plan(
     notebooks: Sequence[str | Path], parameters: Mapping[str, object] | None
-) -> list[tuple[Path, dict]]:
-    """Return each notebook with the parameters that it takes; see `run`."""
+) -> list[tuple[Notebook, dict]]:
+    """Return each notebook, read, with the parameters that it takes; see `run`."""
     paths = [find_notebook(name) for name in notebooks] or lesson_notebooks()
-    given = dict(parameters or {})
-    known = {path: parameters_of(path) for path in paths}
+    books, given = [read_notebook(path) for path in paths], dict(parameters or {})
     for name in given:
-        if not any(name in declared for declared in known.values()):
-            fit_parameters(paths[-1], {name: given[name]})  # raises, with a suggestion
+        if not any(name in book.parameters for book in books):
+            books[-1].fit({name: given[name]})  # raises, with a suggestion
     return [
-        (path, fit_parameters(path, {n: v for n, v in given.items() if n in known[path]}))
-        for path in paths
+        (book, book.fit({n: given[n] for n in given if n in book.parameters})) for book in books
     ]
 
 
-def plan_text(todo: list[tuple[Path, dict]], memory_limit: int | None = None) -> str:
+def plan_text(planned: list[tuple[Notebook, dict]], memory_limit: int | None = None) -> str:
     """Return what would run, with every parameter; refuse what cannot, as `run` would."""
     lines = []
-    for path, fitted in todo:
-        values = in_effect(path, fitted)
-        require_room(path, values, memory_limit)
+    for notebook, fitted in planned:
+        values = notebook.in_effect(fitted)
+        require_resources(notebook, values, memory_limit)
         needed = size_text(memory_to_set_aside(values, memory_limit))
-        lines.append(f"{path.name}, {needed} of memory set aside")
+        lines.append(f"{notebook.path.name}, {needed} of memory set aside")
         lines += [f"    {name} = {value!r}" for name, value in values.items()]
     return "\n".join(lines)
 
 
-@contextlib.contextmanager
-def cells_bar(name: str) -> Iterator[Callable[[dict], None]]:
-    """Show on a terminal which cell runs; yield what takes a worker's events."""
-    with terminal_bar(desc=name, unit="cell", leave=False, disable=not sys.stderr.isatty()) as bar:
+def _run_one(job: Job) -> Run:
+    """Run a job; a terminal shows in which cell it is."""
+    settings = {"desc": job.notebook.path.stem, "unit": "cell", "leave": False}
+    with terminal_bar(**settings, disable=not sys.stderr.isatty()) as bar:
 
-        def show(event: dict) -> None:
+        def show(job: Job, event: dict) -> None:
             if "cell" in event:
                 bar.total, bar.n = event["of"], event["cell"] - 1
                 bar.refresh()
 
-        yield show
+        ((_, run),) = run_jobs([job], on_event=show)
+        return run

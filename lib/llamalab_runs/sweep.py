@@ -1,7 +1,7 @@
 """Many points of one notebook: a grid of parameters, each point in a process of its own.
 
 `<UTC>-<notebook>-<6 hex>/` holds `sweep.json`, a directory for every point, and, once all have
-ended, `summary.csv`, `summary.parquet` and `index.html`. The six digits name the grid and the
+ended, `summary.csv` and `index.html`. The six digits name the grid and the
 notebook's text: the same sweep finds its directory again and goes on there.
 """
 
@@ -12,12 +12,9 @@ import hashlib
 import itertools
 import json
 import os
-import queue
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,18 +23,18 @@ from llamalab.errors import OutputExists, UsageError
 from llamalab.files import lock_now, write_whole
 from llamalab.progress import say, terminal_bar
 
-from .notebooks import find_notebook, fit_parameters, in_effect
-from .preflight import memory_to_set_aside, require_room
-from .run_directory import Run, new_directory, notebook_digest, read_run
+from .notebooks import Notebook, find_notebook, read_notebook
+from .preflight import memory_to_set_aside, require_resources
+from .run_directory import Job, Run, Status, new_directory, read_run
 from .sweep_table import write_summary
-from .worker import Worker
+from .worker import run_jobs
 
 
 @dataclass(frozen=True)
 class Sweep:
     """A sweep: `points` are the parameters of each, in the grid's order, the last name fastest."""
 
-    notebook: Path
+    notebook: Notebook
     swept: dict[str, list]
     points: list[dict]
     directory: Path
@@ -50,10 +47,14 @@ class Sweep:
         """Return the directory of a point's run."""
         return self.directory / "points" / f"{point:0{len(str(len(self.points)))}}"
 
+    def job(self, point: int, **limits) -> Job:
+        """Return what runs at a point; `limits` are those of `Job`."""
+        return Job(self.notebook, self.points[point], self.place(point), **limits)
+
     def runs(self) -> dict[int, Run]:
         """Return the runs of the points that have ended."""
-        found = {i: read_run(self.place(i)) for i in range(len(self.points))}
-        return {i: run for i, run in found.items() if run}
+        runs = {i: read_run(self.place(i)) for i in range(len(self.points))}
+        return {i: run for i, run in runs.items() if run}
 
 
 def prepare(
@@ -61,6 +62,7 @@ def prepare(
     swept: Mapping[str, Sequence],
     parameters: Mapping[str, object] | None = None,
     output_dir: str | Path = "runs",
+    *,
     memory_limit: int | None = None,
     on: str | None = None,
 ) -> Sweep:
@@ -70,31 +72,30 @@ def prepare(
         UsageError: a name or a value that does not fit, or is given twice.
         NotEnoughRoom: a point's model cannot fit this machine; a cluster is asked later.
     """
-    path, fixed = find_notebook(notebook), dict(parameters or {})
+    book, fixed = read_notebook(find_notebook(notebook)), dict(parameters or {})
     grid = {}
     for name, values in swept.items():
         if name in fixed:
             raise UsageError(f"'{name}' is both swept and given.", "", "Drop -p or --sweep.")
-        grid[name] = [fit_parameters(path, {name: value})[name] for value in values]
+        grid[name] = [book.fit({name: value})[name] for value in values]
         if not grid[name] or len({json.dumps(value) for value in grid[name]}) < len(grid[name]):
             raise UsageError(f"--sweep {name}: no value, or one that is given twice.")
-    fixed = fit_parameters(path, fixed)
+    fixed = book.fit(fixed)
     points = [fixed | dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values())]
     for point in points if not on else ():
-        require_room(path, in_effect(path, point), memory_limit)
-    text = json.dumps([__version__, notebook_digest(path), fixed, grid])
+        require_resources(book, book.in_effect(point), memory_limit)
+    text = json.dumps([__version__, book.digest, fixed, grid])
     key = hashlib.sha256(text.encode()).hexdigest()[:6]
     begun = sorted(Path(output_dir).absolute().glob(f"*-{key}/sweep.json"))
-    begun = [file for file in begun if file.parent.name.endswith(f"-{path.stem}-{key}")]
-    directory = begun[-1].parent if begun else new_directory(output_dir, path, key)
-    return Sweep(path, grid, points, directory)
+    begun = [file for file in begun if file.parent.name.endswith(f"-{book.path.stem}-{key}")]
+    directory = begun[-1].parent if begun else new_directory(output_dir, book, key)
+    return Sweep(book, grid, points, directory)
 
 
 def fitting_jobs(sweep: Sweep, jobs: int, memory_limit: int | None = None) -> int:
     """Return how many of the `jobs` asked for the cores and the free memory allow, at least 1."""
-    needed = max(
-        memory_to_set_aside(in_effect(sweep.notebook, p), memory_limit) for p in sweep.points
-    )
+    values = [sweep.notebook.in_effect(point) for point in sweep.points]
+    needed = max(memory_to_set_aside(value, memory_limit) for value in values)
     ram = environment.memory_available()
     return max(1, min(jobs, cores(), ram // needed if ram else jobs))
 
@@ -130,7 +131,7 @@ def run_sweep(
     with _alone(sweep):
         kept = sweep.runs()
         if sweep.index.is_file():  # the sweep has ended before
-            kept = {i: run for i, run in kept.items() if run.status == "ok"}
+            kept = {i: run for i, run in kept.items() if run.status == Status.OK}
         todo = [i for i in range(len(sweep.points)) if i not in kept]
         if kept:
             say(f"{len(kept)} of {len(sweep.points)} points had ended before and are kept.")
@@ -144,10 +145,11 @@ def run_sweep(
         else:
             jobs = fitting_jobs(sweep, jobs or 1, memory_limit)
             ended = _run_here(sweep, todo, jobs, limits)
-        for point, run in ended:
-            on_end(point, run)
+        with contextlib.closing(ended):
+            for point, run in ended:
+                on_end(point, run)
         runs = sweep.runs()
-        write_summary(sweep.directory, sweep.notebook.name, sweep.swept, runs)
+        write_summary(sweep.directory, sweep.notebook.path.name, sweep.swept, runs)
         return [runs[i] for i in range(len(sweep.points))]
 
 
@@ -155,43 +157,26 @@ def _run_here(sweep: Sweep, todo: list[int], jobs: int, limits: dict) -> Iterato
     """Run points on this machine, `jobs` at once; yield each as it ends."""
     # Kernels that all use every core would stand in each other's way.
     threads = max(1, cores() // jobs) if jobs > 1 else None
-    workers = [Worker(threads) for _ in range(jobs)]
-    idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-    for worker in workers:
-        idle.put(worker)
-
+    points = [sweep.job(point, **limits) for point in todo]
     # A terminal shows how many points have ended, and in which cells the others are.
-    lock, cells = threading.Lock(), {}
     settings = {"total": len(sweep.points), "initial": len(sweep.points) - len(todo)}
-    settings |= {"desc": sweep.notebook.stem, "unit": "point", "disable": not sys.stderr.isatty()}
+    settings |= {"desc": sweep.notebook.path.stem, "unit": "point"}
+    cells = {}
+    with terminal_bar(**settings, leave=False, disable=not sys.stderr.isatty()) as bar:
 
-    def run_one(point: int) -> Run:
-        def show(event: dict) -> None:
+        def show(job: Job, event: dict) -> None:
             if "cell" in event:
-                with lock:
-                    cells[point] = f"{point}: cell {event['cell']}/{event['of']}"
-                    bar.set_postfix_str(", ".join(cells.values()))
+                point = int(job.directory.name)
+                cells[point] = f"{point}: cell {event['cell']}/{event['of']}"
+                bar.set_postfix_str(", ".join(cells.values()))
 
-        worker = idle.get()
-        try:
-            place, parameters = sweep.place(point), sweep.points[point]
-            return worker.run(sweep.notebook, place, parameters, **limits, on_event=show)
-        finally:
-            idle.put(worker)
-
-    with ThreadPoolExecutor(jobs) as pool, terminal_bar(**settings, leave=False) as bar:
-        futures = {pool.submit(run_one, point): point for point in todo}
-        try:
-            for future in as_completed(futures):
-                point, run = futures[future], future.result()
-                with lock:
-                    cells.pop(point, None)
-                    bar.update(1)
+        ended = run_jobs(points, at_once=jobs, threads=threads, on_event=show)
+        with contextlib.closing(ended):
+            for job, run in ended:
+                point = int(job.directory.name)
+                cells.pop(point, None)
+                bar.update(1)
                 yield point, run
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in workers:
-                worker.close()
 
 
 @contextlib.contextmanager
@@ -207,7 +192,7 @@ def _alone(sweep: Sweep) -> Iterator[None]:
             )
         for left in (sweep.directory / "points").glob(".*.partial"):  # by one that was killed
             shutil.rmtree(left, ignore_errors=True)
-        about = {"notebook": sweep.notebook.name, "swept": sweep.swept, "points": sweep.points}
+        about = {"notebook": sweep.notebook.path.name, "swept": sweep.swept, "points": sweep.points}
         text = json.dumps(about, ensure_ascii=False, indent=2)
         write_whole(sweep.directory / "sweep.json", text + "\n")
         yield

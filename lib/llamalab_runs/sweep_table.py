@@ -9,12 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llamalab.files import write_whole
-from llamalab.progress import say
 
 from .html_report import page, table
 from .run_directory import Run
@@ -26,7 +24,7 @@ FIGURES = 12
 def write_summary(
     directory: Path, notebook: str, swept: Mapping[str, list], runs: Mapping[int, Run]
 ) -> None:
-    """Write `summary.csv`, `summary.parquet` (with pyarrow) and `index.html`, the last one last."""
+    """Write `summary.csv` and `index.html`, in this order."""
     rows = [_row(point, run) for point, run in sorted(runs.items())]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
@@ -34,7 +32,6 @@ def write_summary(
     writer.writeheader()
     writer.writerows(rows)
     write_whole(directory / "summary.csv", text.getvalue())
-    _write_parquet(directory / "summary.parquet", columns, rows)
     reports = [f"{Path(row['directory']) / Path(notebook).stem}.html" for row in rows]
     figures = [_figure(rows, swept, name) for name in _drawn(rows, columns)]
     ok = sum(row["status"] == "ok" for row in rows)
@@ -47,41 +44,21 @@ def write_summary(
 def _row(point: int, run: Run) -> dict:
     row = {"point": point, **run.parameters, "status": run.status, "error": run.error}
     row |= {"seconds": run.seconds, "peak_rss_bytes": run.peak_rss_bytes}
-    todo = [(f"result.{name}", held) for name, held in run.results.items()]
-    for name, held in todo:  # grows while it is read
-        if isinstance(held, dict):
-            todo += [(f"{name}.{key}", inner) for key, inner in held.items()]
+    results = [(f"result.{name}", value) for name, value in run.results.items()]
+    for name, value in results:  # grows while it is read
+        if isinstance(value, dict):
+            results += [(f"{name}.{key}", inner) for key, inner in value.items()]
         else:
-            row[name] = json.dumps(held, ensure_ascii=False) if isinstance(held, list) else held
+            row[name] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
     return row | {"directory": f"points/{run.directory.name}"}
-
-
-def _write_parquet(file: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        say("No summary.parquet: that takes pyarrow (pip install 'llamalab[parquet]').")
-        return
-    held = {}
-    for name in columns:
-        values = [row.get(name) for row in rows]
-        kinds = {type(value) for value in values} - {type(None)}
-        if len(kinds) > 1:  # a column has one type
-            kind = float if kinds == {int, float} else str
-            values = [value if value is None else kind(value) for value in values]
-        held[name] = values
-    new = file.with_name(f".{file.name}")
-    parquet.write_table(pyarrow.table(held), new)
-    os.replace(new, file)
 
 
 def _drawn(rows: Sequence[dict], columns: Sequence[str]) -> list[str]:
     """Return the columns worth a figure: numbers that were recorded; else the seconds taken."""
 
     def is_number(name: str) -> bool:
-        held = [row[name] for row in rows if row.get(name) is not None]
-        return bool(held) and all(isinstance(value, int | float) for value in held)
+        values = [row[name] for row in rows if row.get(name) is not None]
+        return bool(values) and all(isinstance(value, int | float) for value in values)
 
     numbers = [name for name in columns if name.startswith("result.") and is_number(name)]
     return (numbers or ["seconds"])[:FIGURES]
@@ -96,13 +73,13 @@ def _figure(rows: Sequence[dict], swept: Mapping[str, list], column: str) -> str
     across, down = names[0], names[1] if len(names) > 1 else None
 
     def mean(**wanted) -> float:
-        held = [
+        values = [
             row[column]
             for row in rows
             if all(row[name] == value for name, value in wanted.items())
             and row.get(column) is not None
         ]
-        return sum(held) / len(held) if held else float("nan")
+        return sum(values) / len(values) if values else float("nan")
 
     # Text stays text: the reader's browser has the fonts, and a "$" is a dollar.
     with matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False}):

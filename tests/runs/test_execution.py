@@ -19,7 +19,9 @@ from nbformat import v4
 
 from books import notebook
 from llamalab_runs import execution, run_directory, runner
-from llamalab_runs.worker import Worker
+from llamalab_runs.notebooks import read_notebook
+from llamalab_runs.run_directory import Job
+from llamalab_runs.worker import run_jobs
 
 ASYNC = """import asyncio
 async def boom(wait=0):
@@ -100,17 +102,12 @@ TRAPS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def worker():
-    with Worker() as worker:
-        yield worker
-
-
 @pytest.mark.parametrize("trap", TRAPS)
-def test_every_trap_ends_with_the_truth(trap, tmp_path, worker):
+def test_every_trap_ends_with_the_truth(trap, tmp_path):
     cells, status, words = TRAPS[trap]
     path = notebook(tmp_path / "n.ipynb", *cells)
-    run = worker.run(path, tmp_path / "runs" / "a", {}, cell_timeout=3)
+    job = Job(read_notebook(path), {}, tmp_path / "runs" / "a", cell_timeout=3)
+    ((_, run),) = run_jobs([job])
     assert (run.status, words in run.error) == (status, True), run.error
     assert "memory" not in run.error  # no evidence, no such word
     manifest = json.loads((run.directory / "manifest.json").read_text())
@@ -259,7 +256,9 @@ def test_asking_the_kernel_meanwhile_disturbs_nothing(tmp_path, monkeypatch):
     source += "\ntime.sleep(1)"
     book = v4.new_notebook(cells=[v4.new_code_cell(source), v4.new_code_cell("print(1)")])
     nbformat.write(book, tmp_path / "book.ipynb")
-    run = execution.execute(tmp_path / "book.ipynb", tmp_path / "run", {})
+    job = Job(read_notebook(tmp_path / "book.ipynb"), {}, tmp_path / "run")
+    run_directory.partial_directory(job.directory).mkdir()
+    run = execution.execute(job)
     assert run.status == "ok", run.error
     assert len(asked) > 20  # a few are nbclient's own
     executed = nbformat.read(tmp_path / "run" / "book.ipynb", as_version=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import nbformat
 import pytest
 
 from books import notebook
@@ -25,46 +26,71 @@ def machine(monkeypatch):
     return has
 
 
-ANSWER, MAKE = "from llamalab import load\nload(model)", "from llamalab import merge\nmerge()"
+def declaring(path, *needs):
+    """Write a notebook that declares what it needs; return it, read."""
+    book = nbformat.read(notebook(path, "1", parameters=MODEL), as_version=4)
+    book.metadata["llamalab"] = {"needs": list(needs)}
+    nbformat.write(book, path)
+    return notebooks.read_notebook(path)
 
 
 @pytest.mark.parametrize(
-    "code, ram, gpu, disk, device, short_of",
+    "declared, ram, gpu, disk, device, short_of",
     [
-        (ANSWER, NEED.cpu_memory, 0, 0, "auto", ""),
-        (ANSWER, NEED.cpu_memory - 1, 0, 0, "auto", "memory on the CPU"),
-        (ANSWER, 1e9, NEED.inference_memory, 0, "auto", ""),
-        (ANSWER, 1e9, NEED.inference_memory, 0, "cpu", "memory on the CPU"),
-        (ANSWER, 1e12, NEED.inference_memory - 1, 0, "cuda:0", "GPU memory"),
-        (MAKE, 1e9, 0, NEED.disk, "auto", ""),
-        (MAKE, 1e9, 0, NEED.disk - 1, "auto", "disk"),
-        ("1 + 1", 1e9, 0, 0, "auto", ""),
+        ("memory", NEED.cpu_memory, 0, 0, "auto", ""),
+        ("memory", NEED.cpu_memory - 1, 0, 0, "auto", "memory on the CPU"),
+        ("memory", 1e9, NEED.inference_memory, 0, "auto", ""),
+        ("memory", 1e9, NEED.inference_memory, 0, "cpu", "memory on the CPU"),
+        ("memory", 1e12, NEED.inference_memory - 1, 0, "cuda:0", "GPU memory"),
+        ("disk", 1e9, 0, NEED.disk, "auto", ""),
+        ("disk", 1e9, 0, NEED.disk - 1, "auto", "disk"),
+        ("", 1e9, 0, 0, "auto", ""),
     ],
 )
-def test_the_arithmetic_decides(tmp_path, machine, code, ram, gpu, disk, device, short_of):
+def test_the_arithmetic_decides(tmp_path, machine, declared, ram, gpu, disk, device, short_of):
     machine(ram, gpu, disk)
-    path = notebook(tmp_path / "n.ipynb", code, parameters=MODEL)
-    values = notebooks.in_effect(path, {"models_dir": str(tmp_path), "device": device})
+    book = declaring(tmp_path / "n.ipynb", *declared.split())
+    given = {"models_dir": str(tmp_path), "device": device}
+    values = book.in_effect(given)
     if not short_of:
-        return preflight.require_room(path, values)
+        return preflight.require_resources(book, values)
     with pytest.raises(NotEnoughRoom, match=short_of) as caught:
-        preflight.require_room(path, values)
+        preflight.require_resources(book, values)
     assert str(NEED) in str(caught.value)
     with pytest.raises(NotEnoughRoom):
-        runner.run([path], {"models_dir": str(tmp_path), "device": device}, output_dir=tmp_path)
+        runner.run([book.path], given, output_dir=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["n.ipynb"]
+
+
+def test_what_a_notebook_does_not_declare_is_not_guessed_from_its_text(tmp_path, machine):
+    machine(1e9, disk=0)
+    path = notebook(tmp_path / "n.ipynb", "load(1); merge(2)", parameters=MODEL)
+    ((book, fitted),) = runner.plan([path], {})
+    assert book.needs == frozenset()
+    preflight.require_resources(book, book.in_effect(fitted))
+
+
+@pytest.mark.parametrize("number", ["03", "04", "05", "06", "07"])
+def test_a_lesson_that_answers_is_refused_where_its_model_does_not_fit(tmp_path, machine, number):
+    given = {"model": "chinese-alpaca-7b", "models_dir": str(tmp_path)}
+    machine(2e9)
+    with pytest.raises(NotEnoughRoom, match="memory on the CPU"):
+        runner.run([number], given, output_dir=tmp_path / "runs")
+    assert not list(tmp_path.iterdir())
+    machine(1e12)
+    assert runner.plan_text(runner.plan([number], given))
 
 
 def test_a_memory_limit_counts_as_the_machines(tmp_path, machine):
     machine(1e12)
-    path = notebook(tmp_path / "n.ipynb", ANSWER, parameters=MODEL)
+    book = declaring(tmp_path / "n.ipynb", "memory")
     with pytest.raises(NotEnoughRoom, match="memory on the CPU"):
-        preflight.require_room(path, notebooks.in_effect(path, {}), 10**9)
+        preflight.require_resources(book, book.in_effect({}), 10**9)
 
 
 def test_the_plan_is_said_and_nothing_runs(tmp_path, machine):
     machine(1e12)
-    path = notebook(tmp_path / "n.ipynb", ANSWER, parameters=MODEL)
+    path = declaring(tmp_path / "n.ipynb", "memory").path
     text = runner.plan_text(runner.plan([path], {"device": "cpu"}))
     assert "n.ipynb" in text and "device = 'cpu'" in text
     assert size_text(NEED.cpu_memory) in text

@@ -1,4 +1,4 @@
-"""Running notebooks: checked parameters, a true status, and a report that needs no network."""
+"""Running notebooks: a true status, and a report that needs no network."""
 
 from __future__ import annotations
 
@@ -8,46 +8,8 @@ import re
 import pytest
 
 from books import notebook
-from llamalab.errors import DamagedFile, NotFound, UsageError
-from llamalab_runs import notebooks, runner
-
-
-def test_parameters_are_read_with_type_default_and_help(tmp_path):
-    found = notebooks.parameters_of(notebook(tmp_path / "n.ipynb"))
-    assert found["seed"] == notebooks.Parameter("seed", "int", 1, "a seed")
-    assert [p.default for p in found.values()] == ["x", 1, False, 0.5]
-    with pytest.raises(DamagedFile, match="name: type = literal"):
-        notebooks.parameters_of(notebook(tmp_path / "m.ipynb", parameters="x = open('y')"))
-    with pytest.raises(DamagedFile, match="not Python"):
-        notebooks.parameters_of(notebook(tmp_path / "m.ipynb", parameters="x: int = = 1"))
-    (tmp_path / "bad.ipynb").write_text("<html>")
-    with pytest.raises(DamagedFile, match="not a notebook"):
-        notebooks.parameters_of(tmp_path / "bad.ipynb")
-
-
-@pytest.mark.parametrize(
-    "given, fitted",
-    [
-        ({"seed": "007"}, {"seed": 7}),
-        ({"warm": "true"}, {"warm": True}),
-        ({"warm": False}, {"warm": False}),
-        ({"heat": "1"}, {"heat": 1.0}),
-        ({"name": "true"}, {"name": "true"}),
-    ],
-)
-def test_values_take_the_declared_type(tmp_path, given, fitted):
-    found = notebooks.fit_parameters(notebook(tmp_path / "n.ipynb"), given)
-    assert found == fitted and [type(v) for v in found.values()] == [
-        type(v) for v in fitted.values()
-    ]
-
-
-@pytest.mark.parametrize(
-    "given", [{"seed": "1.5"}, {"warm": "maybe"}, {"seed": True}, {"heat": "x"}]
-)
-def test_values_that_do_not_fit_are_refused(tmp_path, given):
-    with pytest.raises(UsageError, match="wants"):
-        notebooks.fit_parameters(notebook(tmp_path / "n.ipynb"), given)
+from llamalab.errors import UsageError
+from llamalab_runs import runner
 
 
 def test_a_typing_error_is_refused_before_anything_runs(tmp_path):
@@ -85,15 +47,3 @@ def test_a_run_tells_the_truth_and_stops_at_the_first_failure(tmp_path):
 def test_sys_exit_is_no_success(tmp_path):
     path = notebook(tmp_path / "n.ipynb", "import sys; sys.exit(0)", "print('never')")
     assert runner.run([path], output_dir=tmp_path)[0].status == "failed"
-
-
-def test_lessons_by_number_and_name():
-    assert (
-        notebooks.find_notebook("02").stem
-        == notebooks.find_notebook("02_convert").stem
-        == "02_convert"
-    )
-    with pytest.raises(NotFound, match="no notebook"):
-        notebooks.find_notebook("99")
-    text = notebooks.describe(notebooks.find_notebook("04"))
-    assert re.search(r"^seed +int +", text, re.MULTILINE)
