@@ -20,11 +20,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from llamalab.errors import LabError
 from safetensors.torch import load_file, save_file
 
 from llamalab import catalog
 from llamalab.catalog import models_directory
+from llamalab.errors import LabError
 from llamalab.surgery import Adapter, merge, permute, read_model, unpermute
 
 from .lessons import LessonModel, need

@@ -7,12 +7,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamalab.errors import LabError, NotEnoughRoom, OutOfDate, OutputExists
-
 from llamalab import catalog
 from llamalab.catalog import AFFORDABLE, models_directory, part_directory, sizes
 from llamalab.checkpoints import RECORD, compare_file
 from llamalab.downloads import download
+from llamalab.errors import LabError, NotEnoughRoom, OutOfDate, OutputExists
 from llamalab.files import locked
 from llamalab.surgery import convert, merge
 from llamalab_runs.kernel_journal import RESULTS

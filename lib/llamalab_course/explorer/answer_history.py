@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from llamalab.errors import DamagedFile
-
 from llamalab.catalog import project_directory
+from llamalab.errors import DamagedFile
 from llamalab.files import locked, write_text
 
 from .requests import Result

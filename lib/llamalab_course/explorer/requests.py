@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 
 import yaml
-from llamalab.errors import UsageError
 
+from llamalab.errors import UsageError
 from llamalab.inference import SAMPLING, Turn
 
 ALTERNATIVES = 5

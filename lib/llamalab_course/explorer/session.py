@@ -18,10 +18,10 @@ from pathlib import Path
 
 import psutil
 import torch
-from llamalab.errors import LabError, LabWarning, NotFound
 
 from llamalab import catalog
 from llamalab.catalog import models_directory
+from llamalab.errors import LabError, LabWarning, NotFound
 from llamalab.inference import TEMPLATES, Model, load
 from llamalab.surgery import Tokenizer
 
