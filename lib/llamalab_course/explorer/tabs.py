@@ -17,16 +17,7 @@ from llamalab.units import size_text
 from .answer_history import AnswerHistory
 from .requests import PromptRequest, Result, as_text
 from .session import Listener
-from .widgets import (
-    BANDS,
-    MARK,
-    Tokens,
-    escaped,
-    html_box,
-    side_by_side,
-    token_boxes,
-    wrapped_row,
-)
+from .widgets import LEGEND, Tokens, escaped, html_box, marked, row, side_by_side, token_boxes
 
 if TYPE_CHECKING:
     from .view import ExplorerView
@@ -50,29 +41,30 @@ COMPARISONS = [
 ENDINGS = {"json": ".json", "markdown": ".md", "yaml": ".yaml"}
 REDRAW_SECONDS = 0.05  # the page need not hear of every token
 WIDE = {"width": "95%"}
-LEGEND = " ".join(
-    f"<span class='llamalab-answer {band}'>{band} (≥ {least:.0%})</span>" for least, band in BANDS
-)
+
+
+def set_controls(controls: dict[str, widgets.Widget], request: PromptRequest) -> None:
+    """Set each control to the value of the request's field that it is named by."""
+    for name, control in controls.items():
+        control.value = getattr(request, name)
 
 
 class Column:
     """One answer: what differs from the other columns, and what came of it."""
 
     def __init__(self, view: ExplorerView, request: PromptRequest):
-        names = view.explorer.names()
-        self.model = widgets.Dropdown(options=names, value=request.model, description="Model")
-        self.template = widgets.Dropdown(
-            options=list(TEMPLATES), value=request.template, description="Template"
-        )
-        self.temperature = widgets.FloatSlider(
-            value=request.temperature, min=0, max=2, step=0.1, description="Temperature"
-        )
-        self.temperature.style.description_width = "initial"
+        self.controls = {
+            "model": widgets.Dropdown(options=view.explorer.names(), description="Model"),
+            "template": widgets.Dropdown(options=list(TEMPLATES), description="Template"),
+            "temperature": widgets.FloatSlider(min=0, max=2, step=0.1, description="Temperature"),
+        }
+        self.controls["temperature"].style.description_width = "initial"
+        set_controls(self.controls, request)
         self.note, self.answer, self.facts = html_box(), html_box(), html_box()
         self.tokens = Tokens()
         self.result: Result | None = None
-        controls = [self.model, self.template, self.temperature, self.note]
-        self.box = widgets.VBox([*controls, self.answer, self.tokens, self.facts])
+        parts = [*self.controls.values(), self.note, self.answer, self.tokens, self.facts]
+        self.box = widgets.VBox(parts)
         self.box.add_class("llamalab-column")
 
     def begin(self) -> None:
@@ -93,10 +85,6 @@ class Column:
             f"{result.tokens_per_second:.0f} tokens/s, {size_text(result.memory)} of memory"
         )
 
-    def end(self) -> None:
-        if self.facts.value == "waiting …":
-            self.facts.value = "not begun"
-
     def _draw(self) -> None:
         self.drawn = time.monotonic()
         self.answer.value = f"<pre>{escaped(self.text)}</pre>"
@@ -104,81 +92,73 @@ class Column:
 
 
 class AskTab:
-    """One prompt, in one column or in several that differ in one thing."""
+    """One prompt, in one column or in several that differ in one thing.
+
+    Attributes:
+        controls: what all columns have in common, by the names of a request's fields.
+    """
 
     def __init__(self, view: ExplorerView, request: PromptRequest):
         self.view, self.explorer = view, view.explorer
         examples = [("an example …", "")] + [(f"{q}  ({n})", q) for q, n in EXAMPLES.items()]
         self.example = widgets.Dropdown(options=examples, description="Example", layout=WIDE)
-        self.hint = html_box()
-        self.prompt = widgets.Textarea(value=request.prompt, description="Prompt", layout=WIDE)
         self.compare = widgets.Dropdown(options=COMPARISONS, description="Compare")
-        self.sliders = {
+        self.controls = {
+            "prompt": widgets.Textarea(description="Prompt", layout=WIDE),
             "top_p": widgets.FloatSlider(min=0.05, max=1, step=0.05, description="Top-p"),
             "top_k": widgets.IntSlider(min=0, max=200, description="Top-k"),
             "repetition_penalty": widgets.FloatSlider(
                 min=1, max=2, step=0.05, description="Penalty"
             ),
             "max_new_tokens": widgets.IntSlider(min=1, max=1000, description="Max tokens"),
+            "seed": widgets.BoundedIntText(min=0, max=2**31 - 1, description="Seed"),
         }
-        self.seed = widgets.BoundedIntText(min=0, max=2**31 - 1, description="Seed")
-        self.generate = view.button("Generate", self.ask, button_style="primary", icon="play")
-        self.generate.tooltip = "Ctrl+Enter"
-        self.stop = view.button("Stop", self.explorer.stop, icon="stop", tooltip="Esc")
-        self.again = view.button("Again, same seed", self.ask)
-        self.roll = view.button("Roll", self.ask_anew, tooltip="Another seed")
-        self.seen, self.differences = html_box(), html_box()
-        self.columns_box = wrapped_row()
+        set_controls(self.controls, request)
+        self.hint, self.seen, self.differences = html_box(), html_box(), html_box()
+        self.columns_box = row([])
         self.box = self._laid_out()
-        self._set_shared(request)
-        self._set_columns([request])
+        self._set_columns([], [request])
         view.on_change(self.example, self.take_example)
-        view.on_change(self.prompt, self.look)
+        view.on_change(self.controls["prompt"], self.look)
         view.on_change(self.compare, self.set_comparison)
         view.guarded(self.look)()
 
     def _laid_out(self) -> widgets.VBox:
+        prompt, *sliders, seed = self.controls.values()
+        button, stop = self.view.button, self.explorer.stop
+        self.buttons = [
+            button("Generate", self.ask, button_style="primary", icon="play", tooltip="Ctrl+Enter"),
+            button("Stop", stop, icon="stop", tooltip="Esc"),
+            button("Again, same seed", self.ask),
+            button("Roll", self.ask_anew, tooltip="Another seed"),
+        ]
+        tokens = widgets.HTML(f"Tokens: {LEGEND}. Click one for its alternatives.")
+        top = [self.example, self.hint, prompt, self.compare, row(sliders)]
         seen = widgets.Accordion([self.seen])
         seen.titles = ("What the model sees: text and tokens",)
-        return widgets.VBox([
-            self.example, self.hint, self.prompt, self.compare,
-            wrapped_row(list(self.sliders.values())),
-            wrapped_row([self.generate, self.stop, self.again, self.roll, self.seed]),
-            widgets.HTML(f"Tokens: {LEGEND}. Click one for its alternatives."),
-            self.columns_box, self.differences, seen,
-        ])  # fmt: skip
+        columns = [self.columns_box, self.differences, seen]
+        return widgets.VBox([*top, row([*self.buttons, seed]), tokens, *columns])
 
-    def _set_shared(self, request: PromptRequest) -> None:
-        """Set the controls that all columns have in common."""
-        self.prompt.value, self.seed.value = request.prompt, request.seed
-        for name, slider in self.sliders.items():
-            slider.value = getattr(request, name)
-
-    def _set_columns(self, requests: Sequence[PromptRequest], kept: Sequence[Column] = ()) -> None:
-        added = [Column(self.view, request) for request in requests]
-        for column in added:
+    def _set_columns(self, kept: list[Column], requests: Sequence[PromptRequest]) -> None:
+        """Keep some columns, and put one behind them for each request."""
+        for column in (added := [Column(self.view, request) for request in requests]):
             branch = self.view.guarded(lambda _, message, __, at=column: self.branch(at, message))
             column.tokens.on_msg(branch)
-            for control in (column.model, column.template):
-                self.view.on_change(control, self.look)
-        self.columns = [*kept, *added]
+            for name in ("model", "template"):
+                self.view.on_change(column.controls[name], self.look)
+        self.columns = kept + added
         self.columns_box.children = [column.box for column in self.columns]
 
     def request(self, column: Column) -> PromptRequest:
         """Return what the controls ask of `column`."""
-        shared = {name: slider.value for name, slider in self.sliders.items()}
-        return PromptRequest(
-            column.model.value,
-            self.prompt.value,
-            column.template.value,
-            round(column.temperature.value, 2),
-            seed=self.seed.value,
-            **shared,
-        )
+        values = {
+            name: control.value for name, control in (self.controls | column.controls).items()
+        }
+        return PromptRequest(**values | {"temperature": round(values["temperature"], 2)})
 
     def take_example(self) -> None:
         if self.example.value:
-            self.prompt.value = self.example.value
+            self.controls["prompt"].value = self.example.value
             self.hint.value = f"<div class='llamalab-note'>{EXAMPLES[self.example.value]}</div>"
 
     def look(self) -> None:
@@ -199,40 +179,35 @@ class AskTab:
 
     def set_comparison(self) -> None:
         """Set up the columns of the chosen comparison from the first one."""
-        first, chosen = self.request(self.columns[0]), self.compare.value
-        others = []
-        if chosen == "base against merged":
+        first, names, others = self.request(self.columns[0]), self.explorer.names(), []
+        if self.compare.value == "base against merged":
             entry = catalog.model(first.model)
-            if entry.base.name not in self.explorer.names() or not entry.adapters:
+            if entry.base.name not in names or not entry.adapters:
                 raise ValueError("choose a merged model first, whose converted base is on disk")
             others = [replace(first, model=entry.base.name)]
-        elif chosen == "temperature 0 against 1":
-            self.columns[0].temperature.value = 0.0
+        elif self.compare.value == "temperature 0 against 1":
+            self.columns[0].controls["temperature"].value = 0.0
             others = [replace(first, temperature=1.0)]
-        elif chosen == "with and without the template":
+        elif self.compare.value == "with and without the template":
             other = "alpaca" if first.template == "none" else "none"
             others = [replace(first, template=other)]
-        elif chosen == "every model on disk":
-            names = [name for name in self.explorer.names() if name != first.model]
-            others = [replace(first, model=name) for name in names]
-        self._set_columns(others, kept=self.columns[:1])
+        elif self.compare.value == "every model on disk":
+            others = [replace(first, model=name) for name in names if name != first.model]
+        self._set_columns(self.columns[:1], others)
         self.look()
 
     def ask(self) -> None:
         self.answer(self.columns, [self.request(column) for column in self.columns])
 
     def ask_anew(self) -> None:
-        self.seed.value = random.randrange(2**31)
+        self.controls["seed"].value = random.randrange(2**31)
         self.ask()
 
     def ask_again(self, request: PromptRequest) -> None:
         """Answer `request` in one column, all its settings in the controls."""
         self.compare.value = "one answer"
-        self._set_shared(request)
-        column = self.columns[0]
-        column.model.value, column.template.value = request.model, request.template
-        column.temperature.value = request.temperature
-        self.answer([column], [request])
+        set_controls(self.controls | self.columns[0].controls, request)
+        self.answer(self.columns[:1], [request])
 
     def branch(self, column: Column, message: dict) -> None:
         if column.result:
@@ -250,11 +225,11 @@ class AskTab:
 
         def ended() -> None:
             for column in columns:
-                column.end()
+                if column.facts.value == "waiting …":
+                    column.facts.value = "not begun"
             results = [column.result for column in self.columns if column.result]
             if len(results) > 1:
-                mark = f"<mark style='{MARK}'>like this</mark>"
-                legend = f"Differences from the first answer are {mark}:"
+                legend = f"Differences from the first answer are {marked('like this')}:"
                 self.differences.value = legend + side_by_side(results)
 
         listener = Listener(
@@ -305,14 +280,9 @@ class ChatTab:
         if not question.strip():
             raise ValueError("write a message first")
         self.message.value = ""
-        ask = self.view.ask
-        request = replace(
-            ask.request(ask.columns[0]),
-            model=name,
-            template=catalog.model(name).template,
-            prompt=question,
-            turns=tuple(self.turns),
-        )
+        ask, template = self.view.ask, catalog.model(name).template
+        request = replace(ask.request(ask.columns[0]), model=name, template=template)
+        request = replace(request, prompt=question, turns=tuple(self.turns))
         pieces = []
 
         def grow(_, text: str) -> None:
@@ -337,7 +307,7 @@ class HistoryTab:
         self.runs = widgets.SelectMultiple(layout=WIDE | {"height": "14em"}, description="Runs")
         self.form = widgets.Dropdown(options=list(ENDINGS), description="Export as")
         self.shown = html_box()
-        row = [
+        buttons = [
             view.button("Run again", self.run_again),
             view.button("Compare", self.compare),
             view.button("Star", lambda: self._change(AnswerHistory.star)),
@@ -345,7 +315,7 @@ class HistoryTab:
             self.form,
             view.button("Export", self.export),
         ]
-        self.box = widgets.VBox([self.runs, wrapped_row(row), self.shown])
+        self.box = widgets.VBox([self.runs, row(buttons), self.shown])
         view.guarded(self.refresh)()
 
     def refresh(self) -> None:

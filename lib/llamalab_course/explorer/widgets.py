@@ -19,8 +19,9 @@ from .requests import Result, Token, differences
 HERE = Path(__file__).parent
 BANDS = [(0.9, "sure"), (0.5, "likely"), (0.1, "unsure"), (0.0, "surprising")]
 """Least probability of each band; a band has a shade and a line of its own in explorer.css."""
-MARK = "color: inherit; background: none; font-weight: bold; text-decoration: underline 2px"
-"""The style of a difference: written where it is used, for reports have no style of ours."""
+LEGEND = " ".join(
+    f"<span class='llamalab-answer {band}'>{band} (≥ {least:.0%})</span>" for least, band in BANDS
+)
 MOST_TOKENS = 1000  # boxes for the tokens of a prompt; a page grows slow with more
 
 
@@ -61,7 +62,7 @@ def html_box() -> ipywidgets.HTML:
     return ipywidgets.HTML(layout=ipywidgets.Layout(width="auto"))
 
 
-def wrapped_row(children: Sequence[ipywidgets.Widget] = ()) -> ipywidgets.HBox:
+def row(children: Sequence[ipywidgets.Widget]) -> ipywidgets.HBox:
     """Return a row that goes on below where it is wider than the page."""
     return ipywidgets.HBox(children, layout=ipywidgets.Layout(flex_flow="row wrap"))
 
@@ -84,6 +85,12 @@ def token_boxes(tokens: Sequence[Token]) -> str:
     return boxes + (f" … and {more} more" if more > 0 else "")
 
 
+def marked(text: str) -> str:
+    """Return HTML of a difference; its style is written out, for reports have none of ours."""
+    style = "color: inherit; background: none; font-weight: bold; text-decoration: underline 2px"
+    return f"<mark style='{style}'>{escaped(text)}</mark>"
+
+
 def side_by_side(results: Sequence[Result]) -> str:
     """Return HTML, which needs no widgets: the answers beside each other, differences marked.
 
@@ -94,7 +101,7 @@ def side_by_side(results: Sequence[Result]) -> str:
     for result in results:
         request = result.request
         text = "".join(
-            f"<mark style='{MARK}'>{escaped(piece)}</mark>" if differs else escaped(piece)
+            marked(piece) if differs else escaped(piece)
             for piece, differs in differences(results[0].text, result.text)
         )
         title = f"{request.model}, template {request.template}, T {request.temperature:g}"

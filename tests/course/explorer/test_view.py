@@ -30,16 +30,25 @@ def view(lab, tmp_path, monkeypatch):
 
 
 def test_a_replaced_flight_is_not_heard(view):
-    view.ask.sliders["max_new_tokens"].value, view.ask.columns[0].temperature.value = 200, 1.5
-    view.ask.columns[0].template.value = "none"
-    press(view.ask.generate)
-    view.ask.seed.value = 77
-    press(view.ask.generate)
+    set_to(view, max_new_tokens=200, temperature=1.5, template="none")
+    generate(view)
+    set_to(view, seed=77)
+    generate(view)
     assert finish(view).request.seed == 77 and not view.ask.columns[0].result.stopped
 
 
 def press(button):
     button.click()
+
+
+def generate(view):
+    press(view.ask.buttons[0])
+
+
+def set_to(view, **values):
+    controls = view.ask.controls | view.ask.columns[0].controls
+    for name, value in values.items():
+        controls[name].value = value
 
 
 def finish(view):
@@ -78,8 +87,8 @@ def test_a_hidden_error_would_be_found(view):
 )
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_every_prompt(view, prompt, tokens, capfd):
-    view.ask.prompt.value, view.ask.sliders["max_new_tokens"].value = prompt, tokens
-    press(view.ask.generate)
+    set_to(view, prompt=prompt, max_new_tokens=tokens)
+    generate(view)
     assert finish(view) is not None and view.error.value == ""
     column = view.ask.columns[0]
     no_markup([column.answer.value, view.ask.seen.value])
@@ -88,29 +97,31 @@ def test_every_prompt(view, prompt, tokens, capfd):
 
 
 def test_a_prompt_that_is_too_long_is_said_in_red(view, capfd):
-    view.ask.prompt.value = "长" * 10_000
-    press(view.ask.generate)
+    set_to(view, prompt="长" * 10_000)
+    generate(view)
     assert finish(view) is None
     assert "llamalab-error" in view.error.value and "the context holds 256" in view.error.value
-    view.ask.prompt.value = "短"
-    press(view.ask.generate)
+    set_to(view, prompt="短")
+    generate(view)
     assert finish(view) and view.error.value == ""
     assert capfd.readouterr().err == ""
 
 
 def test_every_control_at_its_extremes(view, capfd):
-    controls = [*view.ask.sliders.values(), view.ask.columns[0].temperature, view.ask.seed]
-    for control in controls:
+    ask, column = view.ask, view.ask.columns[0]
+    bounded = {**ask.controls, "temperature": column.controls["temperature"]}
+    del bounded["prompt"]
+    for control in bounded.values():
         before = control.value
         for value in (control.min, control.max):
             control.value = value
-            press(view.ask.generate)
+            generate(view)
             assert finish(view) and view.error.value == "", control.description
         control.value = before
-    for control in (view.ask.example, view.ask.columns[0].model, view.ask.columns[0].template):
+    for control in (ask.example, column.controls["model"], column.controls["template"]):
         for _, value in control._options_full:
             control.value = value
-            press(view.ask.generate)
+            generate(view)
             assert finish(view) and view.error.value == "", (control.description, value)
     nothing_hidden()
     assert capfd.readouterr().err == ""
@@ -119,7 +130,7 @@ def test_every_control_at_its_extremes(view, capfd):
 @pytest.mark.parametrize("comparison", COMPARISONS)
 def test_every_comparison(view, comparison):
     view.ask.compare.value = comparison
-    press(view.ask.generate)
+    generate(view)
     assert finish(view) and view.error.value == ""
     assert all(column.result for column in view.ask.columns)
     assert len({column.result.request.seed for column in view.ask.columns}) == 1
@@ -127,17 +138,17 @@ def test_every_comparison(view, comparison):
 
 
 def test_again_repeats_and_roll_changes_the_seed(view):
-    view.ask.columns[0].temperature.value = 1.5
-    press(view.ask.generate)
+    set_to(view, temperature=1.5)
+    generate(view)
     first = finish(view)
-    press(view.ask.again)
+    press(view.ask.buttons[2])
     assert finish(view).ids == first.ids
-    press(view.ask.roll)
+    press(view.ask.buttons[3])
     assert finish(view).request.seed != first.request.seed
 
 
 def test_a_click_on_an_alternative_branches(view):
-    press(view.ask.generate)
+    generate(view)
     first = finish(view)
     other = first.steps[1][2][1][0]
     view.ask.columns[0].tokens._handle_custom_msg({"place": 1, "id": other}, [])
@@ -147,7 +158,7 @@ def test_a_click_on_an_alternative_branches(view):
 def test_keys(view):
     view.press("generate")
     assert finish(view)
-    view.ask.columns[0].temperature.value, view.ask.sliders["max_new_tokens"].value = 1.5, 200
+    set_to(view, max_new_tokens=200, temperature=1.5)
     view.press("generate")
     view.press("stop")
     finish(view)
@@ -155,7 +166,7 @@ def test_keys(view):
 
 
 def test_the_history_of_another_kernel(view, lab):
-    press(view.ask.generate)
+    generate(view)
     first = finish(view)
     anew = ExplorerView(
         Explorer(lab, "cpu", AnswerHistory(view.explorer.history.path)), PromptRequest(ALPACA, "x")
@@ -182,7 +193,7 @@ def test_the_history_of_another_kernel(view, lab):
 
 def test_a_damaged_history_is_said_and_answers_still_come(view):
     view.explorer.history.path.write_text("[")
-    press(view.ask.generate)
+    generate(view)
     assert finish(view) and "is not a history" in view.error.value
     assert view.explorer.history.path.read_text() == "["
 
@@ -210,7 +221,7 @@ def test_a_conversation(view):
 
 def test_a_failing_callback_shows_in_the_tool(view, monkeypatch):
     monkeypatch.setattr(view.explorer, "start", lambda *_: 1 / 0)
-    press(view.ask.generate)
+    generate(view)
     assert "ZeroDivisionError" in view.error.value and "role='alert'" in view.error.value
 
 
