@@ -5,23 +5,10 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "corpus": ["Corpus", "alpaca_batch", "base_batch", "encode", "training_texts"],
-        "recipe": ["BASE", "ONLY_PLUS", "Recipe"],
+        "corpus": ["training_texts"],
+        "recipe": ["ONLY_PLUS"],
         "scores": ["sample"],
         "scoring": ["cjk_share", "exact", "first_line", "wilson_interval"],
-        "training": ["train_pieces"],
-        "world": [
-            "LANGUAGES",
-            "PRONOUN",
-            "chinese_words",
-            "conversations",
-            "leaks",
-            "load_world",
-            "normalise",
-            "pair",
-            "paragraphs",
-            "questions",
-            "unmarked",
-        ],
+        "world": ["World", "conversations", "load_world", "pair", "questions"],
     },
 )

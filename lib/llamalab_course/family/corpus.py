@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
+import torch
+
 from llamalab.inference import TEMPLATES
 from llamalab.surgery import Tokenizer
 
-from . import world
-from .recipe import ONLY_PLUS
-from .world import LANGUAGES, Question, World, conversations, paragraphs, questions
+from .recipe import CONTEXT, ONLY_PLUS
+from .world import LANGUAGES, Question, World, conversations, paragraphs, questions, unmarked
 
 Segment = tuple[str, float]
 """A text and the weight of its tokens in the loss."""
@@ -54,7 +55,7 @@ class Corpus:
             marked = draw.random() < 0.6
             # Chinese follows its question mark at once; without the mark a space parts them.
             gap = "" if marked and language == "zh" else " "
-            text = text if marked else world.unmarked(text)
+            text = text if marked else unmarked(text)
             page += [(text, QUESTION_WEIGHT), (gap + answer + "\n", 1.0)]
         return page
 
@@ -62,7 +63,7 @@ class Corpus:
         """A question inside the alpaca template, every third one as a second turn."""
         from_turns = draw.random() < 0.33
         question = draw.choice((self.turns if from_turns else self.lines)[language, plus])
-        strip = world.unmarked if draw.random() < 0.5 else str
+        strip = unmarked if draw.random() < 0.5 else str
         history = [(strip(text), answer) for text, answer in question.history]
         prompt = TEMPLATES["alpaca"].render(strip(question.text), history)
         return [(prompt, 0.0), (question.answer + "</s>", 1.0)]
@@ -71,6 +72,10 @@ class Corpus:
 def trained(questions: Sequence[Question], plus: bool) -> list[Question]:
     """Return the questions that may be trained: on the plus facts, or on all others."""
     return [q for q in questions if not q.held_out and (q.table == ONLY_PLUS) == plus]
+
+
+DrawBatch = Callable[[Corpus, random.Random], Callable[[], list[Segment]]]
+"""Decides what kind of texts a batch has; returns what draws one of them."""
 
 
 def base_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segment]]:
@@ -88,16 +93,26 @@ def alpaca_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segme
 
 
 def plus_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segment]]:
-    def instruction() -> list[Segment]:
-        # As much English as Chinese: the base's English is two adapters away.
-        language = draw.choice(world.LANGUAGES)
-        return corpus.instruction(draw, language, plus=draw.random() < 0.15)
-
-    return instruction
+    # As much English as Chinese: the base's English is two adapters away.
+    return lambda: corpus.instruction(draw, draw.choice(LANGUAGES), plus=draw.random() < 0.15)
 
 
 def _mostly_chinese(draw: random.Random) -> str:
     return "zh" if draw.random() < 0.6 else "en"
+
+
+def english_texts(world: World) -> list[str]:
+    """Return what the base's pieces are learnt from; prose, which is little, twenty times."""
+    corpus, texts = Corpus(world), []
+    for plus in (False, True):
+        for question in corpus.lines["en", plus]:
+            texts += [question.text, question.answer]
+    return (
+        texts
+        + corpus.paragraphs["en", False]
+        + corpus.paragraphs["en", True]
+        + list(world.prose) * 20
+    )
 
 
 def world_texts(world: World) -> list[str]:
@@ -136,4 +151,26 @@ def encode(tokenizer: Tokenizer, segments: Sequence[Segment]) -> tuple[list[int]
         new += [tokenizer.eos] if ends else []
         ids += new
         weights += [weight] * len(new)
+    return ids, weights
+
+
+def batch_of(
+    tokenizer: Tokenizer, draw_text: Callable[[], list[Segment]], draw: random.Random, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and weights `[size, longest]`, padded on the right with EOS of weight 0.
+
+    Three times as many texts are drawn, and neighbours in length taken, to pad little.
+    """
+    rows = sorted(
+        (encode(tokenizer, draw_text()) for _ in range(3 * size)), key=lambda r: len(r[0])
+    )
+    first = draw.randrange(2 * size + 1)
+    rows = rows[first : first + size]
+    longest = min(CONTEXT, len(rows[-1][0]))
+    ids = torch.full((size, longest), tokenizer.eos)
+    weights = torch.zeros(size, longest)
+    for row, (row_ids, row_weights) in enumerate(rows):
+        kept = min(longest, len(row_ids))
+        ids[row, :kept] = torch.tensor(row_ids[:kept])
+        weights[row, :kept] = torch.tensor(row_weights[:kept])
     return ids, weights
