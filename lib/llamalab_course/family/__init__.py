@@ -9,6 +9,15 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "recipe": ["ONLY_PLUS"],
         "scores": ["sample"],
         "scoring": ["cjk_share", "exact", "first_line", "wilson_interval"],
-        "world": ["World", "conversations", "load_world", "pair", "questions"],
+        "world": [
+            "chinese_words",
+            "conversations",
+            "fact_questions",
+            "leaks",
+            "load_world",
+            "pair",
+            "questions",
+            "unmarked",
+        ],
     },
 )
