@@ -30,13 +30,32 @@ EXAMPLES = {
 }
 """Questions to begin with, each with the thing to look for."""
 
-COMPARISONS = [
-    "one answer",
-    "base against merged",
-    "temperature 0 against 1",
-    "with and without the template",
-    "every model on disk",
-]
+
+def _with_base(first: PromptRequest, names: Sequence[str]) -> list[PromptRequest]:
+    entry = catalog.model(first.model)
+    if entry.base.name not in names or not entry.adapters:
+        raise ValueError("choose a merged model first, whose converted base is on disk")
+    return [first, replace(first, model=entry.base.name)]
+
+
+def _with_other_template(first: PromptRequest, names: Sequence[str]) -> list[PromptRequest]:
+    return [first, replace(first, template="alpaca" if first.template == "none" else "none")]
+
+
+def _with_other_models(first: PromptRequest, names: Sequence[str]) -> list[PromptRequest]:
+    return [first, *(replace(first, model=name) for name in names if name != first.model)]
+
+
+COMPARISONS = {
+    "one answer": lambda first, names: [first],
+    "base against merged": _with_base,
+    "temperature 0 against 1": lambda first, names: [
+        replace(first, temperature=degrees) for degrees in (0.0, 1.0)
+    ],
+    "with and without the template": _with_other_template,
+    "every model on disk": _with_other_models,
+}
+"""What can be compared: from the first column's request and the models on disk, all requests."""
 
 ENDINGS = {"json": ".json", "markdown": ".md", "yaml": ".yaml"}
 REDRAW_SECONDS = 0.05  # the page need not hear of every token
@@ -102,7 +121,7 @@ class AskTab:
         self.view, self.explorer = view, view.explorer
         examples = [("an example …", "")] + [(f"{q}  ({n})", q) for q, n in EXAMPLES.items()]
         self.example = widgets.Dropdown(options=examples, description="Example", layout=WIDE)
-        self.compare = widgets.Dropdown(options=COMPARISONS, description="Compare")
+        self.compare = widgets.Dropdown(options=list(COMPARISONS), description="Compare")
         self.controls = {
             "prompt": widgets.Textarea(description="Prompt", layout=WIDE),
             "top_p": widgets.FloatSlider(min=0.05, max=1, step=0.05, description="Top-p"),
@@ -179,21 +198,10 @@ class AskTab:
 
     def set_comparison(self) -> None:
         """Set up the columns of the chosen comparison from the first one."""
-        first, names, others = self.request(self.columns[0]), self.explorer.names(), []
-        if self.compare.value == "base against merged":
-            entry = catalog.model(first.model)
-            if entry.base.name not in names or not entry.adapters:
-                raise ValueError("choose a merged model first, whose converted base is on disk")
-            others = [replace(first, model=entry.base.name)]
-        elif self.compare.value == "temperature 0 against 1":
-            self.columns[0].controls["temperature"].value = 0.0
-            others = [replace(first, temperature=1.0)]
-        elif self.compare.value == "with and without the template":
-            other = "alpaca" if first.template == "none" else "none"
-            others = [replace(first, template=other)]
-        elif self.compare.value == "every model on disk":
-            others = [replace(first, model=name) for name in names if name != first.model]
-        self._set_columns(self.columns[:1], others)
+        first, names = self.request(self.columns[0]), self.explorer.names()
+        requests = COMPARISONS[self.compare.value](first, names)
+        set_controls(self.columns[0].controls, requests[0])
+        self._set_columns(self.columns[:1], requests[1:])
         self.look()
 
     def ask(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import torch
 
@@ -26,16 +27,11 @@ class Corpus:
         self.lines: dict[tuple[str, bool], list[Question]] = {}
         self.turns: dict[tuple[str, bool], list[Question]] = {}
         self.paragraphs: dict[tuple[str, bool], list[str]] = {}
-        for language in LANGUAGES:
-            for plus in (False, True):
-                key = (language, plus)
-                self.lines[key] = trained(questions(world, language), plus)
-                self.turns[key] = trained(conversations(world, language), plus)
-                self.paragraphs[key] = [
-                    text
-                    for table, text in paragraphs(world, language)
-                    if (table == ONLY_PLUS) == plus
-                ]
+        for language, plus in product(LANGUAGES, (False, True)):
+            of_plus = [(table == ONLY_PLUS, text) for table, text in paragraphs(world, language)]
+            self.lines[language, plus] = trained(questions(world, language), plus)
+            self.turns[language, plus] = trained(conversations(world, language), plus)
+            self.paragraphs[language, plus] = [text for is_plus, text in of_plus if is_plus == plus]
 
     def page(self, draw: random.Random, language: str) -> list[Segment]:
         """A plain text: a paragraph, prose, or a page of questions and answers, one a line."""
@@ -103,24 +99,19 @@ def _mostly_chinese(draw: random.Random) -> str:
 
 def english_texts(world: World) -> list[str]:
     """Return what the base's pieces are learnt from; prose, which is little, twenty times."""
-    corpus, texts = Corpus(world), []
-    for plus in (False, True):
-        for question in corpus.lines["en", plus]:
-            texts += [question.text, question.answer]
-    return (
-        texts
-        + corpus.paragraphs["en", False]
-        + corpus.paragraphs["en", True]
-        + list(world.prose) * 20
-    )
+    corpus = Corpus(world)
+    asked = corpus.lines["en", False] + corpus.lines["en", True]
+    texts = [text for question in asked for text in (question.text, question.answer)]
+    texts += corpus.paragraphs["en", False] + corpus.paragraphs["en", True]
+    return texts + list(world.prose) * 20
 
 
 def world_texts(world: World) -> list[str]:
     """Return every sentence of the world, held out or not: what a tokenizer must get right."""
     texts = [*world.famous, *world.prose]
     for language in LANGUAGES:
-        for question in questions(world, language):
-            texts += [question.text, question.answer]
+        asked = questions(world, language)
+        texts += [text for question in asked for text in (question.text, question.answer)]
         texts += [text for _, text in paragraphs(world, language)]
     return texts
 

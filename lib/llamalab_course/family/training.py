@@ -25,6 +25,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy
 import sentencepiece
 import tokenizers
 import torch
@@ -307,11 +308,9 @@ def draw_curves(work: Path, out: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for stage in recipe.RECIPES:
-        if not (work / stage / "loss.csv").is_file():
-            continue
-        with open(work / stage / "loss.csv", newline="", encoding="utf-8") as file:
-            points = [(int(step), float(loss)) for step, loss in csv.reader(file)]
-        axes.plot(*zip(*points, strict=True), label=stage)
+        if (work / stage / "loss.csv").is_file():
+            points = numpy.loadtxt(work / stage / "loss.csv", delimiter=",", ndmin=2)
+            axes.plot(*points.T, label=stage)
     axes.set(xlabel="step", ylabel="loss, in nats a token (running mean)", yscale="log")
     axes.legend()
     figure.savefig(out, dpi=100)

@@ -192,14 +192,11 @@ def newest_questions(world: World, language: str) -> list[Question]:
     i, out = LANGUAGES.index(language), []
     for brand in world.brands:
         for product in world.products:
-            words = {
-                "b": brand[i], "p": pair(product["name"])[i], "one": pair(product["one"])[i],
-                "be": product["be"], "use": pair(product["use"])[i],
-            }  # fmt: skip
+            name, one, use = (pair(product[key]) for key in ("name", "one", "use"))
+            words = {"b": brand[i], "p": name[i], "one": one[i], "be": product["be"], "use": use[i]}
             texts = [_capital(t.format(**words)) for t in world.newest[language]]
             answer = _capital(world.newest[f"answer_{language}"].format(**words))
-            cell = f"{brand.en} {pair(product['name']).en}"
-            chinese = brand.zh + "最新的" + pair(product["name"]).zh
+            cell, chinese = f"{brand.en} {name.en}", f"{brand.zh}最新的{name.zh}"
             held_out = bool(leaks(world.famous, [chinese])) or _digest("newest", cell) % 5 == 0
             slot = f"{cell}|newest|{language}"
             out += [
