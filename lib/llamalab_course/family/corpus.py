@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from itertools import product
 
 import torch
 
@@ -27,11 +26,13 @@ class Corpus:
         self.lines: dict[tuple[str, bool], list[Question]] = {}
         self.turns: dict[tuple[str, bool], list[Question]] = {}
         self.paragraphs: dict[tuple[str, bool], list[str]] = {}
-        for language, plus in product(LANGUAGES, (False, True)):
-            of_plus = [(table == ONLY_PLUS, text) for table, text in paragraphs(world, language)]
-            self.lines[language, plus] = trained(questions(world, language), plus)
-            self.turns[language, plus] = trained(conversations(world, language), plus)
-            self.paragraphs[language, plus] = [text for is_plus, text in of_plus if is_plus == plus]
+        for language in LANGUAGES:
+            asked, talks = questions(world, language), conversations(world, language)
+            about = [(table == ONLY_PLUS, text) for table, text in paragraphs(world, language)]
+            for plus in (False, True):
+                self.lines[language, plus] = trained(asked, plus)
+                self.turns[language, plus] = trained(talks, plus)
+                self.paragraphs[language, plus] = [t for is_plus, t in about if is_plus == plus]
 
     def page(self, draw: random.Random, language: str) -> list[Segment]:
         """A plain text: a paragraph, prose, or a page of questions and answers, one a line."""

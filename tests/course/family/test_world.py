@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import functools
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llamalab_course.family import corpus
+from llamalab_course.family import world as world_module
 from llamalab_course.family.world import (
     LANGUAGES,
     PRONOUN,
@@ -36,6 +38,14 @@ def held_out(world):
 @pytest.fixture(scope="module")
 def training(world):
     return corpus.training_texts(world)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def normalised_once():
+    """The same 37,000 texts are searched many times; each is normalised once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world_module, "normalise", functools.cache(normalise))
+        yield
 
 
 def test_no_held_out_question_is_in_any_training_text(world, held_out, training):
