@@ -197,12 +197,12 @@ def _parting_pieces(path: Path, sentences: Sequence[str]) -> set[str]:
     """Return, of each sentence with two encodings, the first piece that only SentencePiece takes."""
     ours = Tokenizer(path)
     theirs = tokenizers.Tokenizer.from_str(surgery.tokenizer_json(read_model(path)))
-    found = set()
+    parting = set()
     for text, encoding in zip(sentences, theirs.encode_batch(list(sentences)), strict=True):
         pieces = ours.pieces(ours.encode(text))
         if pieces != encoding.tokens:
-            found.add(next(p for p in pieces if len(p) > 1 and p not in encoding.tokens))
-    return found
+            parting.add(next(p for p in pieces if len(p) > 1 and p not in encoding.tokens))
+    return parting
 
 
 def make_base(stage: Stage) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 
 import ipywidgets
 import pytest
@@ -13,7 +12,6 @@ from llamalab_course.explorer.requests import PromptRequest
 from llamalab_course.explorer.session import Explorer
 from llamalab_course.explorer.tabs import COMPARISONS, EXAMPLES
 from llamalab_course.explorer.view import ExplorerView
-from llamalab_course.explorer.widgets import Keys, Tokens, escaped, side_by_side
 
 ALPACA = "chinese-alpaca-lab"
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -225,19 +223,5 @@ def test_a_failing_callback_shows_in_the_tool(view, monkeypatch):
     assert "ZeroDivisionError" in view.error.value and "role='alert'" in view.error.value
 
 
-def test_nothing_is_injected(lab):
-    assert escaped("<a>\x00\x1b\n") == "&lt;a&gt;␀␛\n"
-    result = Explorer(lab, "cpu").answer(PromptRequest("llama-lab", SCRIPT, max_new_tokens=2))
-    table = side_by_side([result, replace(result, text=SCRIPT)])
-    no_markup([table])
-    assert "&lt;script" in table
-
-
 def test_the_examples_say_what_to_look_for():
     assert all("ook for" in note for note in EXAMPLES.values()) and len(EXAMPLES) >= 4
-
-
-def test_no_script_comes_from_the_network():
-    for kind in (Keys, Tokens):
-        source = str(kind._esm)
-        assert "import " not in source and "http" not in source and "innerHTML" not in source
