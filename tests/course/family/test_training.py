@@ -149,8 +149,8 @@ def test_the_shipped_files_keep_the_catalogues_claims():
     """A sample of held-out questions; `score` measures more."""
     from llamalab_course.family.scoring import cjk_share, exact
 
-    held = [q for q in questions(load_world(), "zh") if q.held_out]
-    chosen = scores.sample([q for q in held if q.table != recipe.ONLY_PLUS], 60)
+    held_out = [q for q in questions(load_world(), "zh") if q.held_out]
+    chosen = scores.sample([q for q in held_out if q.table != recipe.ONLY_PLUS], 60)
     expects = catalog.model("chinese-alpaca-lab").expects
     model = load(LAB / recipe.BASE, LAB / recipe.ALPACA, device="cpu")
     prompts = [TEMPLATES["alpaca"].render(q.text) for q in chosen]

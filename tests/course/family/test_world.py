@@ -88,7 +88,7 @@ def test_the_split_is_per_fact_and_phrasing(world):
                 if question.group != "newest":
                     about = question.slot.split("|")[:4]
                     groups[tuple(about)].append(question.held_out)
-            assert all(any(held) and not all(held) for held in groups.values())
+            assert all(any(kept_back) and not all(kept_back) for kept_back in groups.values())
             share = sum(map(sum, groups.values())) / sum(map(len, groups.values()))
             assert 0.15 < share < 0.3
 
