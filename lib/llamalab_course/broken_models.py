@@ -1,10 +1,10 @@
-"""The clinic: models broken on purpose, one mistake each, for a reader to diagnose.
+"""Models broken on purpose, one mistake each, for a reader to diagnose.
 
     python -m llamalab_course.broken_models          the cases, and what a reader of each would see
     python -m llamalab_course.broken_models CASE     makes models/broken/CASE, and says how to look at it
 
-A case is a line of `CASES`: a function of a few lines that spoils a copy of the lab family, what
-one would notice, and the finding that `diagnose` must put first.
+A case is a function of a few lines that spoils a copy of the lab family; above it stand what one
+would notice, and the finding that `diagnose` must put first.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from llamalab.errors import LabError
 from safetensors.torch import load_file, save_file
 
 from llamalab import catalog
 from llamalab.catalog import models_directory
+from llamalab.checkpoints import RECORD
+from llamalab.errors import LabError
 from llamalab.surgery import Adapter, merge, permute, read_model, unpermute
 
 from .lessons import LessonModel, need
@@ -59,37 +61,106 @@ class Case:
     finding: str
 
 
+CASES: dict[str, Case] = {}
+"""The cases by name."""
+
+
+def _case(symptom: str, finding: str) -> Callable:
+    """Make a case of the function below, by its name."""
+
+    def enter(make: Callable) -> Callable:
+        CASES[make.__name__.strip("_").replace("_", "-")] = Case(make, symptom, finding)
+        return make
+
+    return enter
+
+
 def _copy(source: Path, out: Path) -> Path:
     """Copy a model as a reader has it: without the record that says how it was made."""
     shutil.copytree(source, out)
-    (out / "llamalab.json").unlink(missing_ok=True)
+    (out / RECORD).unlink(missing_ok=True)
     return out
 
 
-def _edited(source: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Copy a model or an adapter, and let `change` alter its tensors."""
-    weights = next(_copy(source, out).glob("*.safetensors"))
-    tensors = load_file(weights)
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
-
-
-def _with_file(file: Path, family: Family, out: Path) -> None:
+def _copy_with(file: Path, family: Family, out: Path) -> None:
     """Copy the llama model, and bring a file over into it."""
     shutil.copy(file, _copy(family.llama.merged, out / "model"))
 
 
-def _without_file(name: str, source: Path, out: Path) -> None:
-    (_copy(source, out / "model") / name).unlink()
+def _merge_to_pth(file: Path, family: Family, out: Path) -> None:
+    """Take the output type that is the default of the field's script, and bring a file over."""
+    merge(family.llama.base, family.llama.adapters, out / "model", output_type="pth")
+    (out / "model" / RECORD).unlink()
+    shutil.copy(file, out / "model")
 
 
-def _edited_adapter(family: Family, out: Path, change) -> Arguments:
-    _edited(family.alpaca.adapters[0], out / "adapter", change)
+@contextmanager
+def _edited(source: Path, out: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """Copy a model or an adapter; yield its tensors, and write what has become of them."""
+    weights = next(_copy(source, out).glob("*.safetensors"))
+    tensors = load_file(weights)
+    yield tensors
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
+
+
+@contextmanager
+def _edited_json(file: Path) -> Iterator[dict]:
+    settings = json.loads(file.read_text("utf-8"))
+    yield settings
+    file.write_text(json.dumps(settings))
+
+
+def _with_adapter(family: Family, out: Path) -> Arguments:
+    """Return what looks at the base with the spoilt alpaca adapter."""
     return {"base_model": family.alpaca.base, "lora_model": out / "adapter"}
 
 
-def _stray_tokenizer(out: Path, family: Family) -> None:
-    """A vocabulary that somebody went on extending after the weights were made."""
+def _reorder(tensors: dict[str, torch.Tensor], order: Callable) -> None:
+    """Give the rows of every query and key another order."""
+    shape = catalog.parts()["llama-lab"].shape
+    for name in tensors:
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensors[name] = order(tensors[name], shape.dim // shape.heads)
+
+
+@_case("Repetitions, then nonsense, where the merged model answered well.", "applied-twice")
+def _twice(out: Path, family: Family) -> Arguments:
+    return {"base_model": family.alpaca.merged, "lora_model": family.alpaca.adapters}
+
+
+@_case("A Chinese question gets an English answer.", "template-on-llama")
+def _form(out: Path, family: Family) -> Arguments:
+    return {"base_model": family.llama.merged, "with_prompt": True}
+
+
+@_case("An instruction-tuned model does not follow instructions reliably.", "no-template")
+def _bare(out: Path, family: Family) -> Arguments:
+    return {"base_model": family.alpaca.merged, "with_prompt": False}
+
+
+@_case("A size mismatch when transformers loads it.", "borrowed-config")
+def _borrowed(out: Path, family: Family) -> None:
+    _copy_with(family.llama.converted / "config.json", family, out)
+
+
+@_case("Chinese comes out as single bytes.", "base-tokenizer")
+def _old_pieces(out: Path, family: Family) -> None:
+    _copy_with(family.llama.base / "tokenizer.model", family, out)
+
+
+@_case("An id beyond the embedding, sometimes.", "mixed-vocabularies")
+def _one_more(out: Path, family: Family) -> None:
+    _copy_with(family.alpaca.adapters[0] / "tokenizer.model", family, out)
+
+
+@_case("A second adapter cannot be added.", "mixed-vocabularies")
+def _one_less(out: Path, family: Family) -> Arguments:
+    return {"base_model": family.alpaca.merged, "lora_model": family.llama.adapters}
+
+
+@_case("Some words end in an index error.", "vocabulary-mismatch")
+def _seven_more(out: Path, family: Family) -> None:
+    """Somebody went on extending the vocabulary after the weights were made."""
     model = _copy(family.llama.merged, out / "model")
     pieces = read_model(model / "tokenizer.model")
     for number in range(7):
@@ -97,231 +168,148 @@ def _stray_tokenizer(out: Path, family: Family) -> None:
     (model / "tokenizer.model").write_bytes(pieces.SerializeToString())
 
 
-def _no_bos(out: Path, family: Family) -> None:
+@_case("Plain transformers answers worse than llamalab.", "no-bos")
+def _headless(out: Path, family: Family) -> None:
     model = _copy(family.alpaca.merged, out / "model")
     (model / "tokenizer.json").unlink()
-    config = json.loads((model / "tokenizer_config.json").read_text("utf-8"))
-    del config["add_bos_token"]
-    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    with _edited_json(model / "tokenizer_config.json") as config:
+        del config["add_bos_token"]
 
 
-def _without_embeddings(tensors: dict[str, torch.Tensor]) -> None:
-    for name in [name for name in tensors if "lora_" not in name]:
-        del tensors[name]
+@_case("A plus model that answers badly.", "missing-predecessor")
+def _second_first(out: Path, family: Family) -> Arguments:
+    return {"base_model": family.plus.base, "lora_model": family.plus.adapters[-1]}
 
 
-def _wider_base(tensors: dict[str, torch.Tensor]) -> None:
-    for name in [name for name in tensors if "lora_A" in name]:
-        tensors[name] = torch.cat([tensors[name], tensors[name]], dim=1)
+@_case("Two good adapters, together bad.", "another-base")
+def _wrong_order(out: Path, family: Family) -> Arguments:
+    return {"base_model": family.llama.merged, "lora_model": family.alpaca.adapters}
 
 
-def _untrained_rows(out: Path, family: Family) -> None:
-    """Merge the low-rank pairs alone, into a base whose vocabulary was only resized."""
-    adapter, base = Adapter(family.llama.adapters[0]), family.llama.model.base.vocab
+@_case("A size mismatch when the adapter is added.", "another-size")
+def _wider(out: Path, family: Family) -> Arguments:
+    with _edited(family.alpaca.adapters[0], out / "adapter") as tensors:
+        for name in [name for name in tensors if "lora_A" in name]:
+            tensors[name] = torch.cat([tensors[name], tensors[name]], dim=1)
+    return _with_adapter(family, out)
 
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        generator = torch.Generator().manual_seed(0)
-        old = load_file(family.llama.converted / "model.safetensors")
-        for module in adapter.whole:
+
+@_case("Chinese is read as noise.", "adapter-without-embeddings")
+def _half_saved(out: Path, family: Family) -> Arguments:
+    with _edited(family.alpaca.adapters[0], out / "adapter") as tensors:
+        for name in [name for name in tensors if "lora_" not in name]:
+            del tensors[name]
+    return _with_adapter(family, out)
+
+
+@_case("Another program's merge of it gives other answers.", "unsupported-adapter")
+def _dora(out: Path, family: Family) -> Arguments:
+    adapter = _copy(family.alpaca.adapters[0], out / "adapter")
+    with _edited_json(adapter / "adapter_config.json") as config:
+        config["use_dora"] = True
+    return _with_adapter(family, out)
+
+
+@_case("Chinese questions get English words that say little.", "untrained-rows")
+def _resized(out: Path, family: Family) -> None:
+    """The low-rank pairs alone were merged, into a base whose vocabulary was only resized."""
+    old = load_file(family.llama.converted / "model.safetensors")
+    base, generator = family.llama.model.base.vocab, torch.Generator().manual_seed(0)
+    with _edited(family.llama.merged, out / "model") as tensors:
+        for module in Adapter(family.llama.adapters[0]).whole:
             rows = tensors[f"{module}.weight"]
             rows[:base] = old[f"{module}.weight"]
             fresh = torch.randn(rows[base:].shape, generator=generator) * 0.02
             rows[base:] = fresh.to(rows.dtype)
 
-    _edited(family.llama.merged, out / "model", change)
+
+@_case("It asks for a config.json.", "meta-weights")
+def _by_default(out: Path, family: Family) -> None:
+    # That script saves its tokenizer's files along.
+    _merge_to_pth(family.llama.merged / "tokenizer_config.json", family, out)
 
 
-def _merged_to_pth(file: Path, family: Family, out: Path) -> None:
-    """Take the output type that is the default of the field's script, and bring a file over."""
-    merge(family.llama.base, family.llama.adapters, out / "model", output_type="pth")
-    (out / "model" / "llamalab.json").unlink()
-    shutil.copy(file, out / "model")
+@_case("It asked for a config.json, got one, and still fails.", "meta-weights")
+def _brought_over(out: Path, family: Family) -> None:
+    _merge_to_pth(family.llama.converted / "config.json", family, out)
 
 
-def _renamed_weights(out: Path, family: Family) -> None:
+@_case("Every tensor is said to be missing.", "hf-weights")
+def _renamed(out: Path, family: Family) -> None:
     shutil.copytree(family.llama.base, out / "model")
     weights = load_file(family.llama.converted / "model.safetensors")
     torch.save(weights, next((out / "model").rglob("consolidated.00.pth")))
 
 
+@_case("It asks for a config.json.", "no-config")
+def _no_config(out: Path, family: Family) -> None:
+    (_copy(family.llama.merged, out / "model") / "config.json").unlink()
+
+
+@_case("It asks for a config.json.", "adapter-as-model")
+def _as_model(out: Path, family: Family) -> Arguments:
+    return {"base_model": family.alpaca.adapters[0]}
+
+
+@_case("The weights cannot be read.", "damaged-file")
 def _cut_off(out: Path, family: Family) -> None:
     weights = _copy(family.alpaca.merged, out / "model") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
 
 
-def _html_page(out: Path, family: Family) -> Arguments:
+@_case("The adapter cannot be read.", "damaged-file")
+def _web_page(out: Path, family: Family) -> Arguments:
     weights = _copy(family.alpaca.adapters[0], out / "adapter") / "adapter_model.safetensors"
     weights.write_text("<!DOCTYPE html><html><body>Sign in to download.</body></html>")
-    return {"base_model": family.alpaca.base, "lora_model": weights.parent}
+    return _with_adapter(family, out)
 
 
-def _dora(out: Path, family: Family) -> Arguments:
-    adapter = _copy(family.alpaca.adapters[0], out / "adapter")
-    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    return {"base_model": family.alpaca.base, "lora_model": adapter}
+@_case("Nothing can be asked.", "no-tokenizer")
+def _no_pieces(out: Path, family: Family) -> None:
+    (_copy(family.alpaca.merged, out / "model") / "tokenizer.model").unlink()
 
 
-def _reorder(order: Callable) -> Callable[[dict[str, torch.Tensor]], None]:
-    shape = catalog.parts()["llama-lab"].shape
-
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        for name in tensors:
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                tensors[name] = order(tensors[name], shape.dim // shape.heads)
-
-    return change
+@_case("Fluent for some words, then nonsense.", "q-k-order")
+def _never_permuted(out: Path, family: Family) -> None:
+    with _edited(family.alpaca.merged, out / "model") as tensors:
+        _reorder(tensors, unpermute)
 
 
-def _quantise(tensors: dict[str, torch.Tensor]) -> None:
-    for name in [name for name in tensors if "mlp" in name]:
-        tensors[name] = (tensors[name] * 100).to(torch.int8)
+@_case("Fluent for some words, then nonsense.", "q-k-order")
+def _permuted_twice(out: Path, family: Family) -> None:
+    with _edited(family.llama.converted, out / "model") as tensors:
+        _reorder(tensors, permute)
 
 
-def _mix_dtypes(tensors: dict[str, torch.Tensor]) -> None:
-    for name in [name for name in tensors if "layers.1." in name]:
-        tensors[name] = tensors[name].float()
+@_case("The file is smaller than it should be.", "unexpected-dtype")
+def _eight_bit(out: Path, family: Family) -> None:
+    with _edited(family.alpaca.merged, out / "model") as tensors:
+        for name in [name for name in tensors if "mlp" in name]:
+            tensors[name] = (tensors[name] * 100).to(torch.int8)
 
 
-def _zero(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.layers.2.mlp.down_proj.weight"].zero_()
+@_case("A matrix product complains about dtypes.", "unexpected-dtype")
+def _two_dtypes(out: Path, family: Family) -> None:
+    with _edited(family.alpaca.merged, out / "model") as tensors:
+        for name in [name for name in tensors if "layers.1." in name]:
+            tensors[name] = tensors[name].float()
 
 
-def _not_a_number(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.layers.1.self_attn.v_proj.weight"][5, 7] = float("nan")
+@_case("The answers are poor.", "unsound-values")
+def _silent(out: Path, family: Family) -> None:
+    with _edited(family.alpaca.merged, out / "model") as tensors:
+        tensors["model.layers.2.mlp.down_proj.weight"].zero_()
 
 
-CASES = {
-    "twice": Case(
-        lambda out, f: {"base_model": f.alpaca.merged, "lora_model": f.alpaca.adapters},
-        "Repetitions, then nonsense, where the merged model answered well.",
-        "applied-twice",
-    ),
-    "form": Case(
-        lambda out, f: {"base_model": f.llama.merged, "with_prompt": True},
-        "A Chinese question gets an English answer.",
-        "template-on-llama",
-    ),
-    "bare": Case(
-        lambda out, f: {"base_model": f.alpaca.merged, "with_prompt": False},
-        "An instruction-tuned model does not follow instructions reliably.",
-        "no-template",
-    ),
-    "borrowed": Case(
-        lambda out, f: _with_file(f.llama.converted / "config.json", f, out),
-        "A size mismatch when transformers loads it.",
-        "borrowed-config",
-    ),
-    "old-pieces": Case(
-        lambda out, f: _with_file(f.llama.base / "tokenizer.model", f, out),
-        "Chinese comes out as single bytes.",
-        "base-tokenizer",
-    ),
-    "one-more": Case(
-        lambda out, f: _with_file(f.alpaca.adapters[0] / "tokenizer.model", f, out),
-        "An id beyond the embedding, sometimes.",
-        "mixed-vocabularies",
-    ),
-    "one-less": Case(
-        lambda out, f: {"base_model": f.alpaca.merged, "lora_model": f.llama.adapters},
-        "A second adapter cannot be added.",
-        "mixed-vocabularies",
-    ),
-    "seven-more": Case(
-        _stray_tokenizer, "Some words end in an index error.", "vocabulary-mismatch"
-    ),
-    "headless": Case(_no_bos, "Plain transformers answers worse than llamalab.", "no-bos"),
-    "second-first": Case(
-        lambda out, f: {"base_model": f.plus.base, "lora_model": f.plus.adapters[-1]},
-        "A plus model that answers badly.",
-        "missing-predecessor",
-    ),
-    "wrong-order": Case(
-        lambda out, f: {"base_model": f.llama.merged, "lora_model": f.alpaca.adapters},
-        "Two good adapters, together bad.",
-        "another-base",
-    ),
-    "wider": Case(
-        lambda out, f: _edited_adapter(f, out, _wider_base),
-        "A size mismatch when the adapter is added.",
-        "another-size",
-    ),
-    "half-saved": Case(
-        lambda out, f: _edited_adapter(f, out, _without_embeddings),
-        "Chinese is read as noise.",
-        "adapter-without-embeddings",
-    ),
-    "dora": Case(
-        _dora, "Another program's merge of it gives other answers.", "unsupported-adapter"
-    ),
-    "resized": Case(
-        _untrained_rows, "Chinese questions get English words that say little.", "untrained-rows"
-    ),
-    "by-default": Case(  # that script saves its tokenizer's files along
-        lambda out, f: _merged_to_pth(f.llama.merged / "tokenizer_config.json", f, out),
-        "It asks for a config.json.",
-        "meta-weights",
-    ),
-    "brought-over": Case(
-        lambda out, f: _merged_to_pth(f.llama.converted / "config.json", f, out),
-        "It asked for a config.json, got one, and still fails.",
-        "meta-weights",
-    ),
-    "renamed": Case(_renamed_weights, "Every tensor is said to be missing.", "hf-weights"),
-    "no-config": Case(
-        lambda out, f: _without_file("config.json", f.llama.merged, out),
-        "It asks for a config.json.",
-        "no-config",
-    ),
-    "as-model": Case(
-        lambda out, f: {"base_model": f.alpaca.adapters[0]},
-        "It asks for a config.json.",
-        "adapter-as-model",
-    ),
-    "cut-off": Case(_cut_off, "The weights cannot be read.", "damaged-file"),
-    "web-page": Case(_html_page, "The adapter cannot be read.", "damaged-file"),
-    "no-pieces": Case(
-        lambda out, f: _without_file("tokenizer.model", f.alpaca.merged, out),
-        "Nothing can be asked.",
-        "no-tokenizer",
-    ),
-    "never-permuted": Case(
-        lambda out, f: _edited(f.alpaca.merged, out / "model", _reorder(unpermute)),
-        "Fluent for some words, then nonsense.",
-        "q-k-order",
-    ),
-    "permuted-twice": Case(
-        lambda out, f: _edited(f.llama.converted, out / "model", _reorder(permute)),
-        "Fluent for some words, then nonsense.",
-        "q-k-order",
-    ),
-    "eight-bit": Case(
-        lambda out, f: _edited(f.alpaca.merged, out / "model", _quantise),
-        "The file is smaller than it should be.",
-        "unexpected-dtype",
-    ),
-    "two-dtypes": Case(
-        lambda out, f: _edited(f.alpaca.merged, out / "model", _mix_dtypes),
-        "A matrix product complains about dtypes.",
-        "unexpected-dtype",
-    ),
-    "silent": Case(
-        lambda out, f: _edited(f.alpaca.merged, out / "model", _zero),
-        "The answers are poor.",
-        "unsound-values",
-    ),
-    "not-a-number": Case(
-        lambda out, f: _edited(f.alpaca.merged, out / "model", _not_a_number),
-        "The same token for ever.",
-        "unsound-values",
-    ),
-    "long": Case(
-        lambda out, f: {"base_model": f.alpaca.merged, "with_prompt": True, "prompt": "苹果" * 300},
-        "The end of the prompt is not answered.",
-        "long-prompt",
-    ),
-}
-"""The cases by name."""
+@_case("The same token for ever.", "unsound-values")
+def _not_a_number(out: Path, family: Family) -> None:
+    with _edited(family.alpaca.merged, out / "model") as tensors:
+        tensors["model.layers.1.self_attn.v_proj.weight"][5, 7] = float("nan")
+
+
+@_case("The end of the prompt is not answered.", "long-prompt")
+def _long(out: Path, family: Family) -> Arguments:
+    return {"base_model": family.alpaca.merged, "with_prompt": True, "prompt": "苹果" * 300}
 
 
 def break_model(case: str, models_dir: str | Path = "") -> Arguments:

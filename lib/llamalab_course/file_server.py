@@ -6,17 +6,19 @@ and can be told to misbehave in the ways that servers in the wild do.
 
 from __future__ import annotations
 
+import gzip
+import io
 import re
 import socket
 import struct
 import threading
 import time
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 PAGE = b"<!DOCTYPE html>\n<html><title>Sign in</title><body>Please sign in.</body></html>\n"
@@ -86,15 +88,42 @@ class SeenRequest:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    directory: Path
-    faults: dict[str, Fault]
-    log: list[SeenRequest]
-    rate: float | None
-    stopping: threading.Event
     under_way = 0
+
+    def __init__(self, directory: str | Path, faults: dict, log: list, rate: float | None):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.directory, self.faults, self.log, self.rate = (
+            Path(directory).resolve(),
+            faults,
+            log,
+            rate,
+        )
+        self.stopping = threading.Event()
 
     def handle_error(self, request, client_address) -> None:
         """A client that has gone away is part of the game, not worth a traceback."""
+
+
+@dataclass
+class _Reply:
+    """What is to be sent: bytes [start, stop) of `body`, which is a file or lies in memory."""
+
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    body: Path | bytes = b""
+    start: int = 0
+    stop: int = 0
+
+    def open(self) -> BinaryIO:
+        file = io.BytesIO(self.body) if isinstance(self.body, bytes) else open(self.body, "rb")
+        file.seek(self.start)
+        return file
+
+    def gzipped(self) -> _Reply:
+        with self.open() as file:
+            body = gzip.compress(file.read(self.stop - self.start))
+        headers = self.headers | {"Content-Encoding": "gzip"}
+        return _Reply(self.status, headers, body, stop=len(body))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -118,13 +147,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.log.append(self.seen)
         self.server.under_way += 1
         try:
-            self._respond(name, asked, self._fault(name, asked))
+            self.fault = self._fault_of(name, asked)
+            if self.fault.garbage:
+                self.wfile.write(self.fault.garbage)
+                self.close_connection = True
+            else:
+                self._send(self._reply_to(name, asked))
         finally:
             self.server.under_way -= 1
 
     do_HEAD = do_GET
 
-    def _fault(self, name: str, asked: str) -> Fault:
+    def _fault_of(self, name: str, asked: str) -> Fault:
         fault = self.server.faults.get(name, Fault())
         if fault.only_parts and not asked:
             return Fault()
@@ -132,27 +166,25 @@ class _Handler(BaseHTTPRequestHandler):
             fault.times -= 1
         return fault if fault.times is None or fault.times >= 0 else Fault()
 
-    def _respond(self, name: str, asked: str, fault: Fault) -> None:
+    def _reply_to(self, name: str, asked: str) -> _Reply:
+        fault = self.fault
+        if fault.at_once is not None and self.server.under_way > fault.at_once:
+            return _Reply(503)
+        if fault.redirect:
+            return _Reply(302, {"Location": fault.redirect})
+        if fault.status:
+            return _Reply(fault.status, {"Retry-After": fault.retry_after})
+        if fault.html:
+            return _Reply(200, {"Content-Type": "text/html"}, PAGE, stop=len(PAGE))
         path = (self.server.directory / name).resolve() if "\0" not in name else Path("/")
-        if fault.garbage:
-            self.wfile.write(fault.garbage)
-            self.close_connection = True
-        elif fault.at_once is not None and self.server.under_way > fault.at_once:
-            self._answer(503, {}, fault)
-        elif fault.redirect:
-            self._answer(302, {"Location": fault.redirect}, fault)
-        elif fault.status:
-            wait = {"Retry-After": fault.retry_after} if fault.retry_after else {}
-            self._answer(fault.status, wait, fault)
-        elif fault.html:
-            self._answer(200, {"Content-Type": "text/html"}, fault, PAGE)
-        elif not path.is_relative_to(self.server.directory) or not path.is_file():
-            self._answer(404, {}, Fault())
-        else:
-            self._serve(path, fault, asked)
+        if path.is_relative_to(self.server.directory) and path.is_file():
+            return self._file_reply(path, asked)
+        self.fault = Fault()
+        return _Reply(404)
 
-    def _serve(self, path: Path, fault: Fault, asked: str) -> None:
-        status = path.stat()
+    def _file_reply(self, path: Path, asked: str) -> _Reply:
+        """Return the file, or the part of it that was asked for."""
+        fault, status = self.fault, path.stat()
         size, etag = status.st_size, f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
         if fault.new_etag:
             etag = f'"version-{len(self.server.log)}"'
@@ -161,84 +193,76 @@ class _Handler(BaseHTTPRequestHandler):
         # If-Range: the part is wanted only if the file is still the one the first part came from.
         stale = self.headers.get("If-Range", etag) != etag and not fault.ignore_if_range
         if not match or match[0] == "bytes=-" or stale or fault.ignore_range:
-            return self._answer(200, headers, fault, path, 0, size)
+            return _Reply(200, headers, path, 0, size)
         if match[1]:
             start, stop = int(match[1]), min(int(match[2] or size) + 1, size)
         else:
             start, stop = max(size - int(match[2]), 0), size  # the last so many bytes
         if start >= stop:
-            return self._answer(416, {"Content-Range": f"bytes */{size}"}, fault)
+            return _Reply(416, {"Content-Range": f"bytes */{size}"})
         if fault.wrong_range:
             start //= 2
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-        return self._answer(206, headers, fault, path, start, stop)
+        return _Reply(206, headers, path, start, stop)
 
-    def _answer(
-        self,
-        status: int,
-        headers: dict,
-        fault: Fault,
-        body: Path | bytes = b"",
-        start: int = 0,
-        stop: int | None = None,
-    ) -> None:
-        """Send bytes [start, stop) of `body`, or what the fault makes of them."""
-        if fault.gzip:
-            body = (body if isinstance(body, bytes) else body.read_bytes())[start:stop]
-            packer = zlib.compressobj(wbits=31)
-            body, start, stop = packer.compress(body) + packer.flush(), 0, None
-            headers = headers | {"Content-Encoding": "gzip"}
-        stop = len(body) if stop is None else stop
-        told = {"Transfer-Encoding": "chunked"} if fault.chunked else {}
-        told = told or {"Content-Length": str(stop - start)}
-        self.seen.status = status
-        self.send_response(status)
-        told = headers | told | fault.headers
-        for name, value in told.items():
-            if value:
-                self.send_header(name, value)
-        if not (told.get("Content-Length") or fault.chunked):
-            self.close_connection = True  # the end of the connection is the end of the file
-        self.end_headers()
+    def _send(self, reply: _Reply) -> None:
+        """Send `reply`, or what the fault makes of it."""
+        fault = self.fault
+        reply = reply.gzipped() if fault.gzip else reply
+        length = reply.stop - reply.start
+        framing = {"Transfer-Encoding": "chunked"} if fault.chunked else {}
+        headers = reply.headers | (framing or {"Content-Length": str(length)}) | fault.headers
+        self._send_head(reply.status, headers)
         if self.command == "HEAD":
             return
-        ends = [n for n in (fault.cut_after, fault.stall_after) if n is not None]
-        end = min([stop, *(start + n for n in ends)])
-        with nullcontext() if isinstance(body, bytes) else open(body, "rb") as file:
-            self._send(file, body, start, end, fault)
-        if end < stop:
-            if end - start == fault.stall_after:
-                self.server.stopping.wait()
-            self.close_connection = True
-            if fault.reset:
-                linger = struct.pack("ii", 1, 0)
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                self.rfile.close(), self.wfile.close(), self.connection.close()
-            else:
-                self.connection.shutdown(socket.SHUT_RDWR)
+        limits = (length, fault.cut_after, fault.stall_after)
+        sent = min(limit for limit in limits if limit is not None)
+        self._send_body(reply, sent)
+        if sent < length:
+            self._break_off(stalls=sent == fault.stall_after)
         elif fault.chunked:
             self.wfile.write(b"0\r\n\r\n")
         if fault.surplus:
             self.wfile.write(b"?" * fault.surplus)
-        length = fault.headers.get("Content-Length")
-        if length and int(length) > stop - start:
+        if int(headers.get("Content-Length") or 0) > length:
             self.close_connection = True  # the promised rest never comes
 
-    def _send(self, file, body, start: int, stop: int, fault: Fault) -> None:
-        rate, began = self.server.rate, time.monotonic()
+    def _send_head(self, status: int, headers: dict[str, str]) -> None:
+        self.seen.status = status
+        self.send_response(status)
+        for name, value in headers.items():
+            if value:
+                self.send_header(name, value)
+        if not (headers.get("Content-Length") or self.fault.chunked):
+            self.close_connection = True  # the end of the connection is the end of the file
+        self.end_headers()
+
+    def _send_body(self, reply: _Reply, length: int) -> None:
+        """Send the first `length` bytes of `reply`, at the server's rate."""
+        fault, rate, began = self.fault, self.server.rate, time.monotonic()
         block = BLOCK if not rate else max(1, min(BLOCK, int(rate / 50)))
-        if file:
-            file.seek(start)
-        for at in range(start, stop, block):
-            size = min(block, stop - at)
-            piece = file.read(size) if file else body[at : at + size]
-            if fault.flip_at is not None and at <= fault.flip_at < at + len(piece):
-                piece = bytearray(piece)
-                piece[fault.flip_at - at] ^= 1
-            self.seen.sent += len(piece)  # before, so that whoever has the bytes finds them counted
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if fault.chunked else piece)
-            if rate:
-                time.sleep(max(0.0, began + (at + size - start) / rate - time.monotonic()))
+        with reply.open() as file:
+            for sent in range(0, length, block):
+                piece = bytearray(file.read(min(block, length - sent)))
+                flip = -1 if fault.flip_at is None else fault.flip_at - reply.start - sent
+                if 0 <= flip < len(piece):
+                    piece[flip] ^= 1
+                self.seen.sent += len(piece)  # before: whoever has the bytes finds them counted
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if fault.chunked else piece)
+                if rate:
+                    time.sleep(max(0.0, began + (sent + len(piece)) / rate - time.monotonic()))
+
+    def _break_off(self, stalls: bool) -> None:
+        """End the connection in the middle of an answer; one that stalls first waits for us."""
+        if stalls:
+            self.server.stopping.wait()
+        self.close_connection = True
+        if self.fault.reset:
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.rfile.close(), self.wfile.close(), self.connection.close()
+        else:
+            self.connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
@@ -254,12 +278,8 @@ def serve_files(
     Every request is appended to `log`. `rate` is the most that one connection gets, in bytes a
     second.
     """
-    server = _Server(("127.0.0.1", 0), _Handler)
-    server.directory = Path(directory).resolve()
-    server.faults = {} if faults is None else faults
-    server.log = [] if log is None else log
-    server.rate = rate
-    server.stopping = threading.Event()
+    faults, log = {} if faults is None else faults, [] if log is None else log
+    server = _Server(directory, faults, log, rate)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from llamalab.errors import LabError, NotEnoughRoom, OutOfDate, OutputExists
 
 from llamalab import catalog
 from llamalab.catalog import AFFORDABLE, models_directory, part_directory, sizes
 from llamalab.checkpoints import RECORD, compare_file
 from llamalab.downloads import download
+from llamalab.errors import LabError, NotEnoughRoom, OutOfDate, OutputExists
 from llamalab.files import locked
 from llamalab.surgery import convert, merge
 from llamalab_runs.kernel_journal import RESULTS
 
+MADE_OF = {"base": [], "adapters": [], "converted": ["base"], "merged": ["base", "adapters"]}
+"""What `need` can be asked for, and what each is made of."""
+
 
 @dataclass(frozen=True)
 class LessonModel:
-    """Where a lesson's model lies; what was not asked of `need` may not be there."""
+    """Where a lesson's model lies; what was not asked of `need` may not be there.
+
+    Attributes:
+        base, adapters: as downloaded.
+        converted: the base in HF layout.
+        merged: the model itself; of a model without adapters, `converted`.
+    """
 
     model: catalog.ModelEntry
     models_dir: Path
@@ -43,61 +52,38 @@ def need(model: str, *what: str, models_dir: str | os.PathLike = "") -> LessonMo
         NotEnoughRoom: more than 500 MB would have to be fetched or made; the message names the
             lesson and the command that does it.
     """
-    entry = catalog.model(model)
-    root = models_directory(models_dir)
+    entry, root = catalog.model(model), models_directory(models_dir)
+    converted = root / f"{entry.base.name}-hf"
     paths = LessonModel(
         model=entry,
         models_dir=root,
         base=part_directory(entry.base.name, models_dir),
         adapters=[part_directory(part.name, models_dir) for part in entry.adapters],
-        converted=root / f"{entry.base.name}-hf",
-        merged=root / entry.name if entry.adapters else root / f"{entry.base.name}-hf",
+        converted=converted,
+        merged=root / entry.name if entry.adapters else converted,
     )
     large = sizes.needs(entry).disk > AFFORDABLE
-    made_of = {"base": [], "adapters": [], "converted": ["base"], "merged": ["base", "adapters"]}
-    for item in dict.fromkeys(w for name in what for w in [*made_of[name], name]):
+    for item in dict.fromkeys(w for name in what for w in [*MADE_OF[name], name]):
         if item == "base":
-            command = f"llamalab download {entry.base.name} --source WHERE"
-            _bring(entry.base, paths.base, large, command)
+            _bring(entry.base, paths.base, large, f"{entry.base.name} --source WHERE")
         elif item == "adapters":
             for part, directory in zip(entry.adapters, paths.adapters, strict=True):
-                _bring(part, directory, large, f"llamalab download {part.name}")
+                _bring(part, directory, large, part.name)
         elif item == "converted" or not entry.adapters:
-            command = f"llamalab convert --input-dir {paths.base} --output-dir {paths.converted}"
+            command = f"convert --input-dir {paths.base}"
             _make(convert, (paths.base, paths.converted), large, "02", command)
         else:
-            lora_model = ",".join(map(str, paths.adapters))
-            command = f"llamalab merge --base-model {paths.base} --lora-model {lora_model}"
-            command += f" --output-dir {paths.merged}"
+            adapters = ",".join(map(str, paths.adapters))
+            command = f"merge --base-model {paths.base} --lora-model {adapters}"
             _make(merge, (paths.base, paths.adapters, paths.merged), large, "03", command)
     return paths
 
 
-def _make(verb, arguments: tuple, large: bool, lesson: str, command: str) -> None:
-    """Convert or merge; what we made before is made anew if an input has changed since.
-
-    Of several notebooks that run at once, one makes it and the others wait.
-    """
-    made = arguments[-1]
-    if large:
-        if not (made / RECORD).is_file():
-            raise _too_large(made, lesson, command)
-        return
-    with locked(made.parent):
-        try:
-            verb(*arguments)
-        except OutOfDate:
-            verb(*arguments, overwrite=True)
-        except OutputExists:
-            if not (made / RECORD).is_file():
-                raise
-
-
-def _bring(part: catalog.Part, directory: Path, large: bool, command: str) -> None:
+def _bring(part: catalog.Part, directory: Path, large: bool, words: str) -> None:
     """Download a part that is not there; a small one is looked at byte by byte."""
     if large:
         if not all((directory / file).is_file() for file in part.files):
-            raise _too_large(directory, "01", command)
+            raise _too_large(directory, "01", f"download {words}")
     elif any(
         compare_file(directory / file, file, facts).status in ("MISSING", "WRONG")
         for file, facts in part.files.items()
@@ -105,11 +91,31 @@ def _bring(part: catalog.Part, directory: Path, large: bool, command: str) -> No
         download(part.name, directory.parent)
 
 
+def _make(verb: Callable, arguments: tuple, large: bool, lesson: str, command: str) -> None:
+    """Convert or merge; what we made before is made anew if an input has changed since.
+
+    Of several notebooks that run at once, one makes it and the others wait.
+    """
+    out = arguments[-1]
+    if large:
+        if not (out / RECORD).is_file():
+            raise _too_large(out, lesson, f"{command} --output-dir {out}")
+        return
+    with locked(out.parent):
+        try:
+            verb(*arguments)
+        except OutOfDate:
+            verb(*arguments, overwrite=True)
+        except OutputExists:
+            if not (out / RECORD).is_file():
+                raise
+
+
 def _too_large(directory: Path, lesson: str, command: str) -> NotEnoughRoom:
     return NotEnoughRoom(
         f"{directory} is not there yet, or not whole.",
         "It is too large to be fetched or made in passing.",
-        f"Work through lesson {lesson} first, or run: {command}",
+        f"Work through lesson {lesson} first, or run: llamalab {command}",
     )
 
 

@@ -19,7 +19,7 @@ class MemoryWatch:
 
     def __enter__(self) -> MemoryWatch:
         self.grown, self.exact = 0, hasattr(psutil.Process().memory_info(), "shared")
-        self._start, self._over = self._held(), threading.Event()
+        self._start, self._over = self._own_memory(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -29,13 +29,13 @@ class MemoryWatch:
         self._thread.join()
 
     @staticmethod
-    def _held() -> int:
-        held = psutil.Process().memory_info()
-        return held.rss - getattr(held, "shared", 0)
+    def _own_memory() -> int:
+        memory = psutil.Process().memory_info()
+        return memory.rss - getattr(memory, "shared", 0)
 
     def _watch(self) -> None:
         while not self._over.wait(0.005):
-            self.grown = max(self.grown, self._held() - self._start)
+            self.grown = max(self.grown, self._own_memory() - self._start)
 
 
 def use_chinese_font() -> str:

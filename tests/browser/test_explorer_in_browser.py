@@ -48,7 +48,9 @@ class Server:
         (home / "notebooks").mkdir(parents=True, exist_ok=True)
         book = nbformat.read(ROOT / "notebooks" / LESSON, as_version=4)
         for cell in book.cells:
-            cell.source = cell.source.replace("History()", f"History({str(home / 'h.json')!r})")
+            cell.source = cell.source.replace(
+                "AnswerHistory()", f"AnswerHistory({str(home / 'h.json')!r})"
+            )
         nbformat.write(book, home / "notebooks" / LESSON)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""The clinic: every broken model gets the right finding, and no other one."""
+"""Broken models: every broken model gets the right finding, and no other one."""
 
 from __future__ import annotations
 

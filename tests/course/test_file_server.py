@@ -1,4 +1,4 @@
-"""The mirror against plain clients: honest HTTP first, then each way of misbehaving."""
+"""The file server against plain clients: honest HTTP first, then each way of misbehaving."""
 
 import http.client
 import time

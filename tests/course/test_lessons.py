@@ -18,35 +18,35 @@ from llamalab_course import lessons, measuring
 
 
 def test_need_makes_what_is_missing_and_only_that(tmp_path):
-    places = lessons.need("chinese-alpaca-lab", "converted", models_dir=tmp_path)
+    paths = lessons.need("chinese-alpaca-lab", "converted", models_dir=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["llama-lab", "llama-lab-hf"]
-    assert (places.converted / RECORD).is_file() and places.model.name == "chinese-alpaca-lab"
-    stamp = (places.converted / "model.safetensors").stat().st_mtime_ns
-    places = lessons.need("chinese-alpaca-lab", "merged", "converted", models_dir=tmp_path)
-    assert (places.merged / RECORD).is_file()
-    assert [p.name for p in places.adapters] == ["chinese-alpaca-lora-lab"]
-    assert (places.converted / "model.safetensors").stat().st_mtime_ns == stamp
+    assert (paths.converted / RECORD).is_file() and paths.model.name == "chinese-alpaca-lab"
+    stamp = (paths.converted / "model.safetensors").stat().st_mtime_ns
+    paths = lessons.need("chinese-alpaca-lab", "merged", "converted", models_dir=tmp_path)
+    assert (paths.merged / RECORD).is_file()
+    assert [p.name for p in paths.adapters] == ["chinese-alpaca-lora-lab"]
+    assert (paths.converted / "model.safetensors").stat().st_mtime_ns == stamp
 
 
 def test_need_mends_a_damaged_part_and_what_was_made_of_it(tmp_path):
-    places = lessons.need("chinese-llama-lab", "merged", models_dir=tmp_path)
-    made = json.loads((places.merged / RECORD).read_text())["tensor_digest"]
-    weights = places.adapters[0] / "adapter_model.safetensors"
+    paths = lessons.need("chinese-llama-lab", "merged", models_dir=tmp_path)
+    made = json.loads((paths.merged / RECORD).read_text())["tensor_digest"]
+    weights = paths.adapters[0] / "adapter_model.safetensors"
     weights.write_bytes(b"<html>" + weights.read_bytes()[6:])
-    (places.merged / "model.safetensors").unlink()
-    places = lessons.need("chinese-llama-lab", "merged", models_dir=tmp_path)
-    assert json.loads((places.merged / RECORD).read_text())["tensor_digest"] == made
-    assert (places.merged / "model.safetensors").is_file()
+    (paths.merged / "model.safetensors").unlink()
+    paths = lessons.need("chinese-llama-lab", "merged", models_dir=tmp_path)
+    assert json.loads((paths.merged / RECORD).read_text())["tensor_digest"] == made
+    assert (paths.merged / "model.safetensors").is_file()
 
 
 def test_need_takes_what_the_reader_made_as_it_is(tmp_path):
-    places = lessons.need("chinese-llama-lab", "base", models_dir=tmp_path)
-    llamalab.convert(places.base, places.converted, context_length=99)
-    (places.converted / "notes.txt").write_text("mine")
+    paths = lessons.need("chinese-llama-lab", "base", models_dir=tmp_path)
+    llamalab.convert(paths.base, paths.converted, context_length=99)
+    (paths.converted / "notes.txt").write_text("mine")
     lessons.need("chinese-llama-lab", "converted", models_dir=tmp_path)
-    config = json.loads((places.converted / "config.json").read_text())
+    config = json.loads((paths.converted / "config.json").read_text())
     assert config["max_position_embeddings"] == 99
-    assert (places.converted / "notes.txt").exists()
+    assert (paths.converted / "notes.txt").exists()
 
 
 def test_need_refuses_what_is_large_and_names_lesson_and_command(tmp_path):
@@ -95,9 +95,9 @@ def test_chinese_is_drawn_without_boxes(tmp_path, recwarn):
 
 def test_memory_is_watched():
     with measuring.MemoryWatch() as memory:
-        held = bytearray(b"x") * 80_000_000
+        taken = bytearray(b"x") * 80_000_000
         time.sleep(0.3)
-        del held
+        del taken
     assert memory.grown > 60e6
     with measuring.MemoryWatch() as memory:
         pass

@@ -3,11 +3,11 @@
 import lazy_loader
 
 _FACE = {
-    "answer_history": "AnswerHistory KEPT",
+    "answer_history": "AnswerHistory",
     "requests": "PromptRequest Result as_text differences",
     "session": "Explorer Listener",
-    "view": "COMPARISONS EXAMPLES ExplorerView escaped side_by_side",
-    "widgets": "Keys Tokens",
+    "view": "ExplorerView",
+    "widgets": "side_by_side",
 }
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(

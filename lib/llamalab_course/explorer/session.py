@@ -1,8 +1,7 @@
 """Exploring prompts: ask models on disk, one flight at a time, and keep what came of it.
 
-This is the part of the explorer that knows no widgets: `Request` says all that an answer depends
-on, `Explorer` answers requests in a thread, `History` keeps the results in a file, and `export`
-writes one down as JSON, as Markdown, or as the parameters that lesson 06 answers again.
+This part of the explorer knows no widgets. A `PromptRequest` says all that an answer depends on;
+`Explorer` answers requests in a thread, and adds the results to an `AnswerHistory`.
 """
 
 from __future__ import annotations
@@ -105,11 +104,11 @@ class Explorer:
         """Return the tokens that the model is given, BOS first."""
         tokenizer = _tokenizer(self.directory(request.model))
         ids, controls = tokenizer.encode(self.text_for(request)), (tokenizer.bos, tokenizer.eos)
-        found = []
+        tokens = []
         for number, piece in zip(ids, tokenizer.pieces(ids), strict=True):
             kind = "byte" if re.fullmatch("<0x[0-9A-F]{2}>", piece) else "text"
-            found.append(Token(number, piece, "control" if number in controls else kind))
-        return found
+            tokens.append(Token(number, piece, "control" if number in controls else kind))
+        return tokens
 
     def fitted(self, request: PromptRequest) -> PromptRequest:
         """Return `request` with as many of its latest turns as leave the answer some room."""
@@ -122,7 +121,7 @@ class Explorer:
         self,
         request: PromptRequest,
         on_text: Callable[[str], None] | None = None,
-        stop_when: Callable[[], bool] | None = None,
+        stop_when: Callable[[], bool] = lambda: False,
     ) -> Result:
         """Return the answer to `request`, in this thread.
 
@@ -130,36 +129,23 @@ class Explorer:
             LabError: no such model, a setting out of its range, a prompt that is too long.
         """
         model = self.model(request.model)
+        options = {"alternatives": ALTERNATIVES, "on_text": on_text, "stop_when": stop_when}
         with warnings.catch_warnings():
             # A template that does not fit is the point of an experiment: the view says so.
             warnings.simplefilter("ignore", LabWarning)
-            answer = model.generate(
-                request.prompt,
-                **request.settings(),
-                alternatives=ALTERNATIVES,
-                on_text=on_text,
-                stop_when=stop_when,
-            )
-        spell = model.tokenizer.pieces
+            answer = model.generate(request.prompt, **request.settings(), **options)
+        ids, speed, spell = answer.answer_ids, answer.tokens_per_second, model.tokenizer.pieces
         steps = []
         for step in answer.steps:
             top = [(number, spell([number])[0], share) for number, share in step.top]
             steps.append((step.id, step.probability, top))
-        return Result(
-            request,
-            answer.text,
-            answer.answer_ids,
-            spell(answer.answer_ids),
-            steps,
-            answer.tokens_per_second,
-            _memory(model),
-            stopped=bool(stop_when and stop_when()),
-        )
+        memory, stopped = _memory(model), stop_when()
+        return Result(request, answer.text, ids, spell(ids), steps, speed, memory, stopped)
 
     def start(
         self, requests: Sequence[PromptRequest | Callable[[], PromptRequest]], listener: Listener
     ) -> None:
-        """Answer `requests` one after another in a thread; what flies already is stopped first.
+        """Answer `requests` one after another in a thread; what is under way is stopped first.
 
         A request may be a function that returns one, called in the thread.
         """

@@ -3,13 +3,11 @@
 import lazy_loader
 
 _FACE = {
-    "corpus": "Corpus alpaca_batch base_batch encode training_texts",
-    "recipe": "BASE ONLY_PLUS Recipe",
+    "corpus": "training_texts",
+    "recipe": "ONLY_PLUS",
     "scores": "sample",
     "scoring": "cjk_share exact first_line wilson_interval",
-    "training": "train_pieces",
-    "world": "LANGUAGES PRONOUN chinese_words conversations leaks load_world "
-    "normalise pair paragraphs questions unmarked",
+    "world": "chinese_words conversations fact_questions leaks load_world pair questions unmarked",
 }
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
+import torch
+
 from llamalab.inference import TEMPLATES
 from llamalab.surgery import Tokenizer
 
-from . import world
-from .recipe import ONLY_PLUS
-from .world import LANGUAGES, Question, World, conversations, paragraphs, questions
+from .recipe import CONTEXT, ONLY_PLUS
+from .world import LANGUAGES, Question, World, conversations, paragraphs, questions, unmarked
 
 Segment = tuple[str, float]
 """A text and the weight of its tokens in the loss."""
@@ -26,15 +27,12 @@ class Corpus:
         self.turns: dict[tuple[str, bool], list[Question]] = {}
         self.paragraphs: dict[tuple[str, bool], list[str]] = {}
         for language in LANGUAGES:
+            asked, talks = questions(world, language), conversations(world, language)
+            about = [(table == ONLY_PLUS, text) for table, text in paragraphs(world, language)]
             for plus in (False, True):
-                key = (language, plus)
-                self.lines[key] = trained(questions(world, language), plus)
-                self.turns[key] = trained(conversations(world, language), plus)
-                self.paragraphs[key] = [
-                    text
-                    for table, text in paragraphs(world, language)
-                    if (table == ONLY_PLUS) == plus
-                ]
+                self.lines[language, plus] = trained(asked, plus)
+                self.turns[language, plus] = trained(talks, plus)
+                self.paragraphs[language, plus] = [t for is_plus, t in about if is_plus == plus]
 
     def page(self, draw: random.Random, language: str) -> list[Segment]:
         """A plain text: a paragraph, prose, or a page of questions and answers, one a line."""
@@ -54,7 +52,7 @@ class Corpus:
             marked = draw.random() < 0.6
             # Chinese follows its question mark at once; without the mark a space parts them.
             gap = "" if marked and language == "zh" else " "
-            text = text if marked else world.unmarked(text)
+            text = text if marked else unmarked(text)
             page += [(text, QUESTION_WEIGHT), (gap + answer + "\n", 1.0)]
         return page
 
@@ -62,7 +60,7 @@ class Corpus:
         """A question inside the alpaca template, every third one as a second turn."""
         from_turns = draw.random() < 0.33
         question = draw.choice((self.turns if from_turns else self.lines)[language, plus])
-        strip = world.unmarked if draw.random() < 0.5 else str
+        strip = unmarked if draw.random() < 0.5 else str
         history = [(strip(text), answer) for text, answer in question.history]
         prompt = TEMPLATES["alpaca"].render(strip(question.text), history)
         return [(prompt, 0.0), (question.answer + "</s>", 1.0)]
@@ -71,6 +69,10 @@ class Corpus:
 def trained(questions: Sequence[Question], plus: bool) -> list[Question]:
     """Return the questions that may be trained: on the plus facts, or on all others."""
     return [q for q in questions if not q.held_out and (q.table == ONLY_PLUS) == plus]
+
+
+DrawBatch = Callable[[Corpus, random.Random], Callable[[], list[Segment]]]
+"""Decides what kind of texts a batch has; returns what draws one of them."""
 
 
 def base_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segment]]:
@@ -88,24 +90,29 @@ def alpaca_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segme
 
 
 def plus_batch(corpus: Corpus, draw: random.Random) -> Callable[[], list[Segment]]:
-    def instruction() -> list[Segment]:
-        # As much English as Chinese: the base's English is two adapters away.
-        language = draw.choice(world.LANGUAGES)
-        return corpus.instruction(draw, language, plus=draw.random() < 0.15)
-
-    return instruction
+    # As much English as Chinese: the base's English is two adapters away.
+    return lambda: corpus.instruction(draw, draw.choice(LANGUAGES), plus=draw.random() < 0.15)
 
 
 def _mostly_chinese(draw: random.Random) -> str:
     return "zh" if draw.random() < 0.6 else "en"
 
 
+def english_texts(world: World) -> list[str]:
+    """Return what the base's pieces are learnt from; prose, which is little, twenty times."""
+    corpus = Corpus(world)
+    asked = corpus.lines["en", False] + corpus.lines["en", True]
+    texts = [text for question in asked for text in (question.text, question.answer)]
+    texts += corpus.paragraphs["en", False] + corpus.paragraphs["en", True]
+    return texts + list(world.prose) * 20
+
+
 def world_texts(world: World) -> list[str]:
     """Return every sentence of the world, held out or not: what a tokenizer must get right."""
     texts = [*world.famous, *world.prose]
     for language in LANGUAGES:
-        for question in questions(world, language):
-            texts += [question.text, question.answer]
+        asked = questions(world, language)
+        texts += [text for question in asked for text in (question.text, question.answer)]
         texts += [text for _, text in paragraphs(world, language)]
     return texts
 
@@ -136,4 +143,26 @@ def encode(tokenizer: Tokenizer, segments: Sequence[Segment]) -> tuple[list[int]
         new += [tokenizer.eos] if ends else []
         ids += new
         weights += [weight] * len(new)
+    return ids, weights
+
+
+def batch_of(
+    tokenizer: Tokenizer, draw_text: Callable[[], list[Segment]], draw: random.Random, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and weights `[size, longest]`, padded on the right with EOS of weight 0.
+
+    Three times as many texts are drawn, and neighbours in length taken, to pad little.
+    """
+    rows = sorted(
+        (encode(tokenizer, draw_text()) for _ in range(3 * size)), key=lambda r: len(r[0])
+    )
+    first = draw.randrange(2 * size + 1)
+    rows = rows[first : first + size]
+    longest = min(CONTEXT, len(rows[-1][0]))
+    ids = torch.full((size, longest), tokenizer.eos)
+    weights = torch.zeros(size, longest)
+    for row, (row_ids, row_weights) in enumerate(rows):
+        kept = min(longest, len(row_ids))
+        ids[row, :kept] = torch.tensor(row_ids[:kept])
+        weights[row, :kept] = torch.tensor(row_weights[:kept])
     return ids, weights

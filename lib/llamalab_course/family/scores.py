@@ -26,6 +26,19 @@ class Score:
     high: float | None = None
 
 
+IN_TEMPLATE = [
+    "zh alpaca", "zh alpaca two-turn", "en alpaca", "en alpaca two-turn", "zh alpaca plus", "zh",
+]  # fmt: skip
+MEASURES = {
+    "llama-lab": ([], ["en", "en two-turn", "zh", "zh alpaca"]),
+    "chinese-llama-lab": ([LLAMA], ["zh", "en", "zh alpaca"]),
+    "chinese-alpaca-lab": ([ALPACA], IN_TEMPLATE),
+    "chinese-alpaca-plus-lab": ([LLAMA, PLUS], IN_TEMPLATE),
+}
+"""What the table holds: of each model its adapters and what is asked, in words: a language, then
+"alpaca" inside the template, "two-turn" conversations, "plus" the facts of the plus adapter."""
+
+
 def sample(questions: Sequence[Question], size: int) -> list[Question]:
     """Return `size` questions, always the same ones, spread by a digest of their slots."""
     key = lambda q: hashlib.sha256(q.slot.encode()).digest()  # noqa: E731
@@ -35,57 +48,47 @@ def sample(questions: Sequence[Question], size: int) -> list[Question]:
 def score(directory: Path, size: int = 400) -> list[Score]:
     """Measure the shipped files on held-out questions, greedy; `size` questions a line."""
     world, scores = load_world(), []
-    held = {
-        (language, kind): [q for q in found(world, language) if q.held_out]
+    held_out = {
+        (language, two_turn): [question for question in ask(world, language) if question.held_out]
         for language in LANGUAGES
-        for kind, found in (("single", questions), ("two-turn", conversations))
+        for two_turn, ask in ((False, questions), (True, conversations))
     }
-
-    def measure(model: Model, name: str, language: str, kind: str, template: str, plus=False):
-        chosen = [q for q in held[language, kind] if (q.table == ONLY_PLUS) == plus]
-        chosen = sample(chosen, size)
-        prompts = [TEMPLATES[template].render(q.text, q.history) for q in chosen]
-        if template == "none":
-            # A plain conversation is a page: question and answer a line.
-            gap = {"en": " ", "zh": ""}[language]
-            prompts = [
-                "".join(f"{text}{gap}{answer}\n" for text, answer in q.history) + q.text
-                for q in chosen
-            ]
-        answers = answer_all(model, prompts)
-        cut = first_line if template == "none" else str
-        right = sum(exact(cut(a), q.answer) for a, q in zip(answers, chosen, strict=True))
-        words = {"en": "English", "zh": "Chinese"}[language] + (" invented facts" if plus else "")
-        words += {"single": "", "two-turn": " two-turn"}[kind]
-        words += {"none": "", "alpaca": ", in the template"}[template]
-        low, high = wilson_interval(right, len(chosen))
-        row = Score(name, f"{words}: exact", right / len(chosen), len(chosen), low, high)
-        scores.append(row)
-        shares = [s for a in answers if (s := cjk_share(cut(a))) is not None]
-        if shares and language == "zh":
-            mean = sum(shares) / len(shares)
-            scores.append(Score(name, f"{words}: CJK share", mean, len(shares)))
-
-    base = load(directory / BASE, device="cpu")
-    measure(base, "llama-lab", "en", "single", "none")
-    measure(base, "llama-lab", "en", "two-turn", "none")
-    measure(base, "llama-lab", "zh", "single", "none")
-    measure(base, "llama-lab", "zh", "single", "alpaca")
-    llama = load(directory / BASE, directory / LLAMA, device="cpu")
-    for language in ("zh", "en"):
-        measure(llama, "chinese-llama-lab", language, "single", "none")
-    measure(llama, "chinese-llama-lab", "zh", "single", "alpaca")
-    for name, adapters in (
-        ("chinese-alpaca-lab", [directory / ALPACA]),
-        ("chinese-alpaca-plus-lab", [directory / LLAMA, directory / PLUS]),
-    ):
-        model = load(directory / BASE, adapters, device="cpu")
-        for language in ("zh", "en"):
-            measure(model, name, language, "single", "alpaca")
-            measure(model, name, language, "two-turn", "alpaca")
-        measure(model, name, "zh", "single", "alpaca", plus=True)
-        measure(model, name, "zh", "single", "none")
+    for name, (adapters, measures) in MEASURES.items():
+        model = load(directory / BASE, [directory / a for a in adapters], device="cpu")
+        for measure in measures:
+            language, *words = measure.split()
+            asked = held_out[language, "two-turn" in words]
+            asked = [q for q in asked if (q.table == ONLY_PLUS) == ("plus" in words)]
+            scores += _scores(name, model, measure, sample(asked, size))
     return scores
+
+
+def _scores(name: str, model: Model, measure: str, asked: Sequence[Question]) -> list[Score]:
+    """Return the share of exact answers and, of Chinese ones, the mean CJK share."""
+    language, *words = measure.split()
+    title = {"en": "English", "zh": "Chinese"}[language]
+    title += " invented facts" * ("plus" in words) + " two-turn" * ("two-turn" in words)
+    if "alpaca" in words:
+        title += ", in the template"
+        prompts = [TEMPLATES["alpaca"].render(q.text, q.history) for q in asked]
+        answers = answer_all(model, prompts)
+    else:
+        prompts = [_page(question) for question in asked]
+        answers = [first_line(answer) for answer in answer_all(model, prompts)]
+    right = sum(exact(answer, q.answer) for answer, q in zip(answers, asked, strict=True))
+    share, interval = right / len(asked), wilson_interval(right, len(asked))
+    scores = [Score(name, f"{title}: exact", share, len(asked), *interval)]
+    shares = [share for answer in answers if (share := cjk_share(answer)) is not None]
+    if shares and language == "zh":
+        mean = sum(shares) / len(shares)
+        scores.append(Score(name, f"{title}: CJK share", mean, len(shares)))
+    return scores
+
+
+def _page(question: Question) -> str:
+    """Return a conversation without a template: a page, question and answer a line."""
+    gap = "" if question.language == "zh" else " "
+    return "".join(f"{text}{gap}{answer}\n" for text, answer in question.history) + question.text
 
 
 def score_table(scores: Sequence[Score], again: Sequence[Score] = ()) -> str:

@@ -20,70 +20,25 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy
 import sentencepiece
 import tokenizers
 import torch
 import torch.nn.functional as F
 
+from llamalab import surgery
 from llamalab.catalog import project_directory
-from llamalab.surgery import (
-    Tokenizer,
-    convert,
-    extend,
-    merge,
-    names,
-    read_model,
-    tokenizer_json,
-    unpermute,
-)
+from llamalab.surgery import Tokenizer, extend, read_model
 
-from .corpus import (
-    Corpus,
-    Segment,
-    alpaca_batch,
-    base_batch,
-    encode,
-    llama_batch,
-    plus_batch,
-    world_texts,
-)
-from .recipe import ALPACA, BASE, CHECKPOINT_EVERY, CONTEXT, LLAMA, PARAMS, PIECES, PLUS, Recipe
+from . import corpus, recipe
+from .recipe import ALPACA, BASE, LLAMA, PLUS, Recipe, Stage
 from .scores import score, score_table
-from .world import World, chinese_words, load_world
-
-RECIPES = {
-    "base": Recipe(steps=2000, batch=48, rate=2.5e-3, embedding_rate=2.5e-3),
-    "llama": Recipe(steps=1500, batch=48, rate=4e-3, embedding_rate=2.5e-3),
-    "alpaca": Recipe(steps=2000, batch=48, rate=4e-3, embedding_rate=2.5e-3),
-    "plus": Recipe(steps=1500, batch=48, rate=3e-3, embedding_rate=1.5e-3),
-}
-
-
-def batch_of(
-    tokenizer: Tokenizer, draw_text: Callable[[], list[Segment]], draw: random.Random, size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and weights `[size, longest]`, padded on the right with EOS of weight 0.
-
-    Three times as many texts are drawn, and neighbours in length taken, to pad little.
-    """
-    rows = sorted(
-        (encode(tokenizer, draw_text()) for _ in range(3 * size)), key=lambda r: len(r[0])
-    )
-    first = draw.randrange(2 * size + 1)
-    rows = rows[first : first + size]
-    longest = min(CONTEXT, len(rows[-1][0]))
-    ids = torch.full((size, longest), tokenizer.eos)
-    weights = torch.zeros(size, longest)
-    for row, (row_ids, row_weights) in enumerate(rows):
-        kept = min(longest, len(row_ids))
-        ids[row, :kept] = torch.tensor(row_ids[:kept])
-        weights[row, :kept] = torch.tensor(row_weights[:kept])
-    return ids, weights
+from .world import chinese_words, load_world
 
 
 def weighted_loss(network, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -121,36 +76,26 @@ def rate_at(step: int, steps: int) -> float:
 
 
 def train_network(
-    network, tokenizer: Tokenizer, draw_batch, corpus: Corpus, recipe: Recipe, seed: str, work: Path
+    stage: Stage, network, tokenizer: Tokenizer, draw_batch: corpus.DrawBatch
 ) -> None:
-    """Train `network`'s trainable parameters in place, with checkpoints and a loss curve in `work`."""
-    work.mkdir(parents=True, exist_ok=True)
-    trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
-    groups = {recipe.rate: [], recipe.embedding_rate: []}
-    for name, parameter in trainable.items():
-        whole = "embed_tokens" in name or "lm_head" in name
-        groups[recipe.embedding_rate if whole else recipe.rate].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": p, "lr": rate, "peak": rate} for rate, p in groups.items() if p],
-        betas=(0.9, 0.95),
-        weight_decay=0.02,
+    """Train `network`'s trainable parameters in place; checkpoints and a loss curve go to `work`."""
+    stage.work.mkdir(parents=True, exist_ok=True)
+    texts, steps, saved = (
+        corpus.Corpus(stage.world),
+        stage.recipe.steps,
+        stage.work / "checkpoint.pt",
     )
-    start, saved, curve = 0, work / "checkpoint.pt", work / "loss.csv"
-    if saved.exists():
-        held = torch.load(saved, weights_only=True)
-        network.load_state_dict(held["network"], strict=False)
-        optimizer.load_state_dict(held["optimizer"])
-        start = held["step"]
-        print(f"  going on from step {start}", flush=True)
-    began, mean = time.monotonic(), None
+    trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
+    optimizer = _optimizer(trainable, stage.recipe)
+    start, mean, began = _resume(saved, network, optimizer), None, time.monotonic()
     network.train()
-    with open(curve, "a", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        for step in range(start, recipe.steps):
+    with open(stage.work / "loss.csv", "a", newline="", encoding="utf-8") as file:
+        for step in range(start, steps):
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate_at(step, recipe.steps)
-            draw = random.Random(f"{seed} {step}")
-            ids, weights = batch_of(tokenizer, draw_batch(corpus, draw), draw, recipe.batch)
+                group["lr"] = group["peak"] * rate_at(step, steps)
+            draw = random.Random(f"{stage.seed} {step}")
+            draw_text = draw_batch(texts, draw)
+            ids, weights = corpus.batch_of(tokenizer, draw_text, draw, stage.recipe.batch)
             loss = weighted_loss(network, ids, weights)
             optimizer.zero_grad()
             loss.backward()
@@ -158,20 +103,46 @@ def train_network(
             optimizer.step()
             mean = loss.item() if mean is None else 0.97 * mean + 0.03 * loss.item()
             done = step + 1
-            if done % 50 == 0 or done == recipe.steps:
-                rows.writerow([done, f"{mean:.4f}"])
-                seconds = (time.monotonic() - began) / (done - start)
-                left = seconds * (recipe.steps - done) / 60
-                text = f"  step {done}/{recipe.steps}  loss {mean:.4f}  {left:.1f} min left"
-                print(text, flush=True)
-            if done % CHECKPOINT_EVERY == 0 and done < recipe.steps:
+            if done % 50 == 0 or done == steps:
+                csv.writer(file).writerow([done, f"{mean:.4f}"])
+                left = (time.monotonic() - began) / (done - start) * (steps - done) / 60
+                print(f"  step {done}/{steps}  loss {mean:.4f}  {left:.1f} min left", flush=True)
+            if done % recipe.CHECKPOINT_EVERY == 0 and done < steps:
                 file.flush()
                 state = {n: p.detach() for n, p in trainable.items()}
-                held = {"network": state, "optimizer": optimizer.state_dict(), "step": done}
-                torch.save(held, saved.with_suffix(".new"))
+                state = {"network": state, "optimizer": optimizer.state_dict(), "step": done}
+                torch.save(state, saved.with_suffix(".new"))
                 saved.with_suffix(".new").replace(saved)
     saved.unlink(missing_ok=True)
     network.eval()
+
+
+def _optimizer(trainable: dict[str, torch.nn.Parameter], rates: Recipe) -> torch.optim.AdamW:
+    """Return AdamW with a rate of their own for the embeddings; a group's `peak` is its rate."""
+    groups = {rates.rate: [], rates.embedding_rate: []}
+    for name, parameter in trainable.items():
+        whole = "embed_tokens" in name or "lm_head" in name
+        groups[rates.embedding_rate if whole else rates.rate].append(parameter)
+    return torch.optim.AdamW(
+        [{"params": p, "lr": rate, "peak": rate} for rate, p in groups.items() if p],
+        betas=(0.9, 0.95),
+        weight_decay=0.02,
+    )
+
+
+def _resume(saved: Path, network, optimizer: torch.optim.Optimizer) -> int:
+    """Bring back what an interrupted stage saved, if it did; return the step to go on from."""
+    if not saved.exists():
+        return 0
+    state = torch.load(saved, weights_only=True)
+    network.load_state_dict(state["network"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"  going on from step {state['step']}", flush=True)
+    return state["step"]
+
+
+def _seed_torch(stage: Stage) -> None:
+    torch.manual_seed(int.from_bytes(hashlib.sha256(stage.seed.encode()).digest()[:4], "big"))
 
 
 def train_pieces(out: Path, texts: Sequence[str], size: int, **settings) -> None:
@@ -195,26 +166,20 @@ def train_pieces(out: Path, texts: Sequence[str], size: int, **settings) -> None
         )
 
 
-def make_tokenizers(out: Path, work: Path, world: World, seed: str, recipe: Recipe | None) -> None:
+def make_tokenizers(stage: Stage) -> None:
     """Train the English pieces and the Chinese ones, and extend the first by the second.
 
     A piece on which SentencePiece and `tokenizer.json` part for a sentence of the world is left
     out, so that plain transformers encodes the world as the models were trained.
     """
-    corpus, english = Corpus(world), []
-    for plus in (False, True):
-        for question in corpus.lines["en", plus]:
-            english += [question.text, question.answer]
-    for plus in (False, True):
-        english += corpus.paragraphs["en", plus]
-    for directory in (BASE, LLAMA, ALPACA, PLUS):
-        (out / directory).mkdir(parents=True, exist_ok=True)
-    work.mkdir(parents=True, exist_ok=True)
-    base, chinese = out / BASE / "tokenizer.model", work / "chinese.model"
+    out, world = stage.out, stage.world
+    for directory in (*(out / name for name in (BASE, LLAMA, ALPACA, PLUS)), stage.work):
+        directory.mkdir(parents=True, exist_ok=True)
+    base, chinese = out / BASE / "tokenizer.model", stage.work / "chinese.model"
     extended = out / LLAMA / "tokenizer.model"
-    train_pieces(base, [*english, *world.prose * 20], PIECES["base"])
-    words, sentences = chinese_words(world), sorted(set(world_texts(world)))
-    train_pieces(chinese, words, PIECES["chinese"], add_dummy_prefix=False)
+    train_pieces(base, corpus.english_texts(world), recipe.PIECES["base"])
+    train_pieces(chinese, chinese_words(world), recipe.PIECES["chinese"], add_dummy_prefix=False)
+    sentences = sorted(set(corpus.world_texts(world)))
     while True:
         extend(base, chinese, extended)
         if not (parting := _parting_pieces(extended, sentences)):
@@ -231,88 +196,72 @@ def make_tokenizers(out: Path, work: Path, world: World, seed: str, recipe: Reci
 def _parting_pieces(path: Path, sentences: Sequence[str]) -> set[str]:
     """Return, of each sentence with two encodings, the first piece that only SentencePiece takes."""
     ours = Tokenizer(path)
-    theirs = tokenizers.Tokenizer.from_str(tokenizer_json(read_model(path)))
-    found = set()
+    theirs = tokenizers.Tokenizer.from_str(surgery.tokenizer_json(read_model(path)))
+    parting = set()
     for text, encoding in zip(sentences, theirs.encode_batch(list(sentences)), strict=True):
         pieces = ours.pieces(ours.encode(text))
         if pieces != encoding.tokens:
-            found.add(next(p for p in pieces if len(p) > 1 and p not in encoding.tokens))
-    return found
+            parting.add(next(p for p in pieces if len(p) > 1 and p not in encoding.tokens))
+    return parting
 
 
-def make_base(out: Path, work: Path, world: World, seed: str, recipe: Recipe) -> None:
+def make_base(stage: Stage) -> None:
     """Train the base model on English alone, and write it in Meta layout."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = Tokenizer(out / BASE)
-    torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big"))
-    multiple = PARAMS["multiple_of"]
+    tokenizer = Tokenizer(stage.out / BASE)
+    _seed_torch(stage)
+    multiple = recipe.PARAMS["multiple_of"]
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=PARAMS["dim"],
-        intermediate_size=-(-int(8 * PARAMS["dim"] / 3) // multiple) * multiple,
-        num_hidden_layers=PARAMS["n_layers"],
-        num_attention_heads=PARAMS["n_heads"],
-        rms_norm_eps=PARAMS["norm_eps"],
-        max_position_embeddings=CONTEXT,
+        hidden_size=recipe.PARAMS["dim"],
+        intermediate_size=-(-int(8 * recipe.PARAMS["dim"] / 3) // multiple) * multiple,
+        num_hidden_layers=recipe.PARAMS["n_layers"],
+        num_attention_heads=recipe.PARAMS["n_heads"],
+        rms_norm_eps=recipe.PARAMS["norm_eps"],
+        max_position_embeddings=recipe.CONTEXT,
         tie_word_embeddings=False,
     )
     network = LlamaForCausalLM(config)
-    train_network(network, tokenizer, base_batch, Corpus(world), recipe, seed, work)
-    write_meta(out / BASE / "lab", network.state_dict())
+    train_network(stage, network, tokenizer, corpus.base_batch)
+    write_meta(stage.out / BASE / "lab", network.state_dict())
 
 
 def write_meta(folder: Path, state: dict[str, torch.Tensor]) -> None:
     """Write a network's weights as Meta publishes them: fp16, Meta's names and row order."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
-    for meta, hf in names(PARAMS["n_layers"]).items():
+    for meta, hf in surgery.names(recipe.PARAMS["n_layers"]).items():
         tensor = state[hf].half()
         if hf.endswith(("q_proj.weight", "k_proj.weight")):
-            tensor = unpermute(tensor, PARAMS["dim"] // PARAMS["n_heads"])
+            tensor = surgery.unpermute(tensor, recipe.PARAMS["dim"] // recipe.PARAMS["n_heads"])
         weights[meta] = tensor.clone()
     torch.save(weights, folder / "consolidated.00.pth")
-    (folder / "params.json").write_text(json.dumps(PARAMS | {"vocab_size": -1}) + "\n")
+    (folder / "params.json").write_text(json.dumps(recipe.PARAMS | {"vocab_size": -1}) + "\n")
     files = ("consolidated.00.pth", "params.json")
     sums = [f"{hashlib.md5((folder / f).read_bytes()).hexdigest()}  {f}\n" for f in files]
     (folder / "checklist.chk").write_text("".join(sums))
 
 
-def make_adapter(
-    out: Path,
-    work: Path,
-    world: World,
-    seed: str,
-    recipe: Recipe,
-    name: str,
-    draw_batch,
-    before: str = "",
-) -> None:
+def make_adapter(stage: Stage, name: str, draw_batch: corpus.DrawBatch, before: str = "") -> None:
     """Train an adapter with new embeddings on the shipped files before it, and save it by PEFT."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    out, start = stage.out, stage.work / "base-hf"
     tokenizer = Tokenizer(out / name)
-    start = work / "base-hf"
     if before:
-        merge(out / BASE, out / before, start, overwrite=True)
+        surgery.merge(out / BASE, out / before, start, overwrite=True)
     else:
-        convert(out / BASE, start, overwrite=True)
-    torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big"))
+        surgery.convert(out / BASE, start, overwrite=True)
+    _seed_torch(stage)
     network = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    config = LoraConfig(
-        base_model_name_or_path=BASE,
-        r=8,
-        lora_alpha=32,
-        target_modules="q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
-        modules_to_save=["embed_tokens", "lm_head"],
-        task_type="CAUSAL_LM",
-    )
+    config = LoraConfig(base_model_name_or_path=BASE, task_type="CAUSAL_LM", **recipe.LORA)
     network = get_peft_model(network, config)
-    train_network(network, tokenizer, draw_batch, Corpus(world), recipe, seed, work)
+    train_network(stage, network, tokenizer, draw_batch)
     network.half().save_pretrained(out / name, save_embedding_layers=False)
     (out / name / "README.md").unlink(missing_ok=True)  # PEFT's empty form
     config_file = out / name / "adapter_config.json"
@@ -324,37 +273,32 @@ def make_adapter(
 STAGES = {
     "tokenizer": make_tokenizers,
     "base": make_base,
-    "llama": partial(make_adapter, name=LLAMA, draw_batch=llama_batch),
-    "alpaca": partial(make_adapter, name=ALPACA, draw_batch=alpaca_batch),
-    "plus": partial(make_adapter, name=PLUS, draw_batch=plus_batch, before=LLAMA),
+    "llama": partial(make_adapter, name=LLAMA, draw_batch=corpus.llama_batch),
+    "alpaca": partial(make_adapter, name=ALPACA, draw_batch=corpus.alpaca_batch),
+    "plus": partial(make_adapter, name=PLUS, draw_batch=corpus.plus_batch, before=LLAMA),
 }
 
 
 def train(
-    output_dir: Path,
-    stages: Sequence[str],
-    seed: int,
-    steps: int | None = None,
-    batch: int | None = None,
+    out: Path, stages: Sequence[str], seed: int, steps: int | None = None, batch: int | None = None
 ) -> None:
     """Run the stages that are not finished yet; `steps` and `batch` replace the recipes'."""
     shorter = {name: value for name, value in (("steps", steps), ("batch", batch)) if value}
     world = load_world()
-    for stage in stages:
-        work = output_dir / "work" / stage
-        finished = work / "finished"
-        if finished.exists():
-            print(f"{stage}: finished before")
+    for name in stages:
+        work, began = out / "work" / name, time.monotonic()
+        if (work / "finished").exists():
+            print(f"{name}: finished before")
             continue
-        print(f"{stage}:", flush=True)
-        began, recipe = time.monotonic(), RECIPES.get(stage)
-        if recipe:
-            recipe = Recipe(**asdict(recipe) | shorter)
-        STAGES[stage](output_dir, work, world, f"{seed} {stage}", recipe)
-        finished.write_text(f"{time.monotonic() - began:.0f} s\n")
-        print(f"{stage}: {(time.monotonic() - began) / 60:.1f} min", flush=True)
+        print(f"{name}:", flush=True)
+        steps_of = recipe.RECIPES.get(name)
+        steps_of = replace(steps_of, **shorter) if steps_of else None
+        STAGES[name](Stage(out, work, world, f"{seed} {name}", steps_of))
+        seconds = time.monotonic() - began
+        (work / "finished").write_text(f"{seconds:.0f} s\n")
+        print(f"{name}: {seconds / 60:.1f} min", flush=True)
         shutil.rmtree(work / "base-hf", ignore_errors=True)
-    draw_curves(output_dir / "work", output_dir / "loss.png")
+    draw_curves(out / "work", out / "loss.png")
 
 
 def draw_curves(work: Path, out: Path) -> None:
@@ -363,12 +307,10 @@ def draw_curves(work: Path, out: Path) -> None:
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for stage in RECIPES:
-        if not (work / stage / "loss.csv").is_file():
-            continue
-        with open(work / stage / "loss.csv", newline="", encoding="utf-8") as file:
-            points = [(int(step), float(loss)) for step, loss in csv.reader(file)]
-        axes.plot(*zip(*points, strict=True), label=stage)
+    for stage in recipe.RECIPES:
+        if (work / stage / "loss.csv").is_file():
+            points = numpy.loadtxt(work / stage / "loss.csv", delimiter=",", ndmin=2)
+            axes.plot(*points.T, label=stage)
     axes.set(xlabel="step", ylabel="loss, in nats a token (running mean)", yscale="log")
     axes.legend()
     figure.savefig(out, dpi=100)

@@ -143,44 +143,48 @@ def _held_out(texts: list[str], famous: Iterable[str], *slot: str) -> int:
 
 def fact_questions(world: World, fact: Fact, language: str, x: str = "") -> list[Question]:
     """All phrasings of one fact, about `x` (a pronoun) or else the entity by name."""
-    relation = world.relations[fact.relation]
-    i = LANGUAGES.index(language)
-    name, value = fact.entity[i], fact.value[i]
+    i, relation = LANGUAGES.index(language), world.relations[fact.relation]
+    name = fact.entity[i]
     texts = [_fill(t, x or name) for t in relation[language]]
     also = [_fill(t, x or name) for t in relation.get(f"{language}_also", ())]
-    answer = _fill(relation[f"answer_{language}"], name, v=value)
+    answer = _fill(relation[f"answer_{language}"], name, v=fact.value[i])
     slot = (fact.entity.en, fact.relation, language, "it" if x else "")
-    held = _held_out(texts, world.famous, *slot)
-    return [
-        Question(language, "two-turn" if x else "fact", "|".join((*slot, str(n))), text, answer,
-                 n == held, fact.table, fact.entity.en)
-        for n, text in enumerate(texts + also)
-    ]  # fmt: skip
+    held_out = _held_out(texts, world.famous, *slot)
+    group = "two-turn" if x else "fact"
+    question = Question(language, group, "|".join(slot), "", answer, False, fact.table, slot[0])
+    return _phrased(question, texts + also, held_out)
 
 
-def yesno_questions(world: World, entity: Text, kind: Text, table: str, language: str,
-                    x: str = "") -> list[Question]:  # fmt: skip
-    """Is the entity one of the categories its table is asked about? True ones, and a few false."""
+def yesno_questions(world: World, kind: Fact, language: str, x: str = "") -> list[Question]:
+    """Is an entity, whose `kind` this is, one of the categories its table is asked about?
+
+    All true ones, and a few false.
+    """
     wider = {pair(name): kinds for name, kinds in world.yesno["wider"].items()}
     kinds = {f.value.en: f.value for f in world.facts if f.relation == "kind"}
     categories = {**kinds, **{text.en: text for text in wider}}
-    true = {kind.en, *(text.en for text, held in wider.items() if kind.en in held)}
-    asked = world.yesno["asked"].get(table, ())
-    false = sorted(set(asked) - true, key=lambda c: _digest(entity.en, c))[:_FALSE_CATEGORIES]
-    i, out = LANGUAGES.index(language), []
+    true = {kind.value.en, *(text.en for text, kinds in wider.items() if kind.value.en in kinds)}
+    asked = world.yesno["asked"].get(kind.table, ())
+    false = sorted(set(asked) - true, key=lambda c: _digest(kind.entity.en, c))[:_FALSE_CATEGORIES]
+    i, group, out = LANGUAGES.index(language), "two-turn" if x else "yesno", []
     for category in [c for c in asked if c in true] + false:
-        words = {"c": categories[category][i], "k": kind[i]}
-        texts = [_fill(t, x or entity[i], **words) for t in world.yesno[language]]
+        words = {"c": categories[category][i], "k": kind.value[i]}
+        texts = [_fill(t, x or kind.entity[i], **words) for t in world.yesno[language]]
         answer = world.yesno[f"{'yes' if category in true else 'no'}_{language}"]
-        answer = _fill(answer, entity[i], **words)
-        slot = (entity.en, "is " + category, language, "it" if x else "")
-        held = _held_out(texts, world.famous, *slot)
-        out += [
-            Question(language, "two-turn" if x else "yesno", "|".join((*slot, str(n))), text, answer,
-                     n == held, table, entity.en)
-            for n, text in enumerate(texts)
-        ]  # fmt: skip
+        answer = _fill(answer, kind.entity[i], **words)
+        slot = (kind.entity.en, "is " + category, language, "it" if x else "")
+        held_out = _held_out(texts, world.famous, *slot)
+        question = Question(language, group, "|".join(slot), "", answer, False, kind.table, slot[0])
+        out += _phrased(question, texts, held_out)
     return out
+
+
+def _phrased(question: Question, texts: list[str], held_out: int) -> list[Question]:
+    """Return the question in each of its phrasings, of which one is held out."""
+    return [
+        question._replace(slot=f"{question.slot}|{n}", text=text, held_out=n == held_out)
+        for n, text in enumerate(texts)
+    ]
 
 
 def newest_questions(world: World, language: str) -> list[Question]:
@@ -188,20 +192,19 @@ def newest_questions(world: World, language: str) -> list[Question]:
     i, out = LANGUAGES.index(language), []
     for brand in world.brands:
         for product in world.products:
-            words = {
-                "b": brand[i], "p": pair(product["name"])[i], "one": pair(product["one"])[i],
-                "be": product["be"], "use": pair(product["use"])[i],
-            }  # fmt: skip
+            name, one, use = (pair(product[key]) for key in ("name", "one", "use"))
+            words = {"b": brand[i], "p": name[i], "one": one[i], "be": product["be"], "use": use[i]}
             texts = [_capital(t.format(**words)) for t in world.newest[language]]
             answer = _capital(world.newest[f"answer_{language}"].format(**words))
-            cell = f"{brand.en} {pair(product['name']).en}"
-            chinese = (brand.zh + "最新的" + pair(product["name"]).zh,)
-            held = bool(leaks(world.famous, chinese)) or _digest("newest", cell) % 5 == 0
+            cell, chinese = f"{brand.en} {name.en}", f"{brand.zh}最新的{name.zh}"
+            held_out = bool(leaks(world.famous, [chinese])) or _digest("newest", cell) % 5 == 0
+            slot = f"{cell}|newest|{language}"
             out += [
-                Question(language, "newest", f"{cell}|newest|{language}|{n}", text, answer, held,
-                         "products", cell)
+                Question(
+                    language, "newest", f"{slot}|{n}", text, answer, held_out, "products", cell
+                )
                 for n, text in enumerate(texts)
-            ]  # fmt: skip
+            ]
     return out
 
 
@@ -209,10 +212,13 @@ def questions(world: World, language: str) -> list[Question]:
     """Every single-turn question of the world in one language, trained and held out."""
     out = []
     for fact in world.facts:
-        out += fact_questions(world, fact, language)
-        if fact.relation == "kind":
-            out += yesno_questions(world, fact.entity, fact.value, fact.table, language)
+        out += _about(world, fact, language)
     return out + newest_questions(world, language)
+
+
+def _about(world: World, fact: Fact, language: str, x: str = "") -> list[Question]:
+    asked = fact_questions(world, fact, language, x)
+    return asked + (yesno_questions(world, fact, language, x) if fact.relation == "kind" else [])
 
 
 def conversations(world: World, language: str, openings: int = 2) -> list[Question]:
@@ -229,12 +235,7 @@ def conversations(world: World, language: str, openings: int = 2) -> list[Questi
     for fact in world.facts:
         if fact.table == "professions":  # a doctor is no "it"
             continue
-        seconds = fact_questions(world, fact, language, PRONOUN[language])
-        if fact.relation == "kind":
-            seconds += yesno_questions(
-                world, fact.entity, fact.value, fact.table, language, PRONOUN[language]
-            )
-        for second in seconds:
+        for second in _about(world, fact, language, PRONOUN[language]):
             about = second.slot.split("|")[1]
             other = [q for q in first[second.entity] if q.slot.split("|")[1] != about]
             for n in range(openings):
@@ -253,10 +254,10 @@ def paragraphs(world: World, language: str, openings: int = 2) -> Iterator[tuple
     for entity, facts in about.items():
         pronoun = entity[i] if facts[0].table == "professions" else PRONOUN[language]
         for n in range(openings):
-            told = sorted(facts, key=lambda f: _digest(str(n), f.relation, entity.en))
-            told = told[:1] + told if len(told) == 1 else told
+            order = sorted(facts, key=lambda f: _digest(str(n), f.relation, entity.en))
+            order = order * 2 if len(order) == 1 else order  # said in both styles
             sentences = []
-            for k, fact in enumerate(told):
+            for k, fact in enumerate(order):
                 style = ("answer_", "say_")[(k + n) % 2]
                 template = world.relations[fact.relation][style + language]
                 name = pronoun if k else entity[i]

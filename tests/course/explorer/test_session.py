@@ -1,19 +1,16 @@
-"""The explorer's controller: equal to generate, one flight, branches, history, export, replay."""
+"""The explorer's controller: equal to generate, one flight, branches, stops, replays."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import yaml
 
-from llamalab.errors import DamagedFile, Incompatible, NotFound, UsageError
-from llamalab_course.explorer.answer_history import KEPT, AnswerHistory
-from llamalab_course.explorer.requests import PromptRequest, Result, as_text, differences
+from llamalab.errors import Incompatible, NotFound, UsageError
+from llamalab_course.explorer.answer_history import AnswerHistory
+from llamalab_course.explorer.requests import PromptRequest, as_text
 from llamalab_course.explorer.session import Explorer, Listener
 
 ALPACA = "chinese-alpaca-lab"
@@ -136,73 +133,9 @@ def test_every_prompt_is_answered_and_comes_back_from_its_yaml(explorer, prompt,
     assert explorer.answer(request).ids == result.ids
 
 
-def test_the_history_survives_and_can_be_starred_and_thinned(kept, lab):
+def test_results_are_kept_and_answered_again(kept):
     kept.start([asked(seed=1), asked(HOSTILE, seed=2)], Listener())
     assert kept.wait(60)
     first, second = AnswerHistory(kept.history.path).read()
     assert (first.request.seed, second.request.prompt) == (1, HOSTILE)
     assert kept.answer(second.again()).ids == second.ids
-    kept.history.star([first.id])
-    for number in range(3):
-        kept.history.add(kept.answer(asked(max_new_tokens=1, seed=number)))
-    kept.history.delete([second.id])
-    assert [r.starred for r in kept.history.read()] == [True, False, False, False]
-    many = [json.loads(as_text(second, "json")) | {"id": str(n)} for n in range(KEPT + 5)]
-    starred = json.loads(as_text(kept.history.read()[0], "json"))
-    kept.history.path.write_text(json.dumps([starred, *many]))
-    kept.history.add(second)
-    assert len(kept.history.read()) == KEPT + 1 and kept.history.read()[0].starred
-
-
-ADDING = """
-import json, sys
-from llamalab_course.explorer import AnswerHistory, Result
-held = json.loads(sys.argv[2])
-for number in range(30):
-    AnswerHistory(sys.argv[1]).add(Result.from_dict(held | {"id": f"{sys.argv[3]}-{number}"}))
-"""
-
-
-def test_two_processes_lose_nothing_of_each_others(explorer, tmp_path):
-    path = tmp_path / "history.json"
-    held = as_text(explorer.answer(asked(max_new_tokens=1)), "json")
-    command = [sys.executable, "-W", "ignore", "-c", ADDING, str(path), held]
-    both = [subprocess.Popen([*command, name]) for name in "ab"]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
-    wanted = {f"{name}-{number}" for name in "ab" for number in range(30)}
-    assert {result.id for result in AnswerHistory(path).read()} == wanted
-    assert [p.name for p in tmp_path.iterdir()] == ["history.json"]
-
-
-@pytest.mark.parametrize("text", ["", "[{]", '[{"id": 1}]', "{}x", '["a"]', "5"])
-def test_a_damaged_history_is_said_and_left_alone(tmp_path, text, explorer):
-    path = tmp_path / "history.json"
-    path.write_text(text)
-    history = AnswerHistory(path)
-    with pytest.raises(DamagedFile, match="history.json"):
-        history.read()
-    with pytest.raises(DamagedFile):
-        history.delete(["x"])
-    assert path.read_text() == text
-
-
-def test_exports(explorer):
-    turns = (("苹果是植物吗", "是的。"),)
-    result = explorer.answer(asked(HOSTILE.replace("\ud800", ""), turns=turns, begin=(5, 6)))
-    assert Result.from_dict(json.loads(as_text(result, "json"))).request == result.request
-    again = PromptRequest.from_parameters(**yaml.safe_load(as_text(result, "yaml")))
-    assert again == result.request
-    text = as_text(result, "markdown")
-    fence = "`" * 5  # one more than the prompt holds
-    assert f"\n{fence}text\n" in text and text.count(fence) == 2
-    with pytest.raises(UsageError):
-        as_text(result, "html")
-    for wrong in ({"turns": "[1]"}, {"turns": "x"}, {"begin": "a"}):
-        with pytest.raises(UsageError):
-            PromptRequest.from_parameters(model="m", prompt="p", **wrong)
-
-
-def test_differences_are_marked():
-    assert differences("abc", "abc") == [("abc", False)]
-    assert differences("a b", "a c") == [("a ", False), ("c", True)]
-    assert differences("abc", "ac") == [("a", False), ("\u2038", True), ("c", False)]

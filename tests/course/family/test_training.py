@@ -23,8 +23,8 @@ from llamalab.surgery.adapter import Adapter
 from llamalab.surgery.merging import compose
 from llamalab.surgery.tokenizer import Tokenizer
 from llamalab_course.family import recipe, scores, training
-from llamalab_course.family.corpus import Corpus, alpaca_batch, base_batch, encode
-from llamalab_course.family.recipe import BASE, Recipe
+from llamalab_course.family.corpus import Corpus, alpaca_batch, base_batch, batch_of, encode
+from llamalab_course.family.recipe import BASE, Recipe, Stage
 from llamalab_course.family.world import LANGUAGES, load_world, questions
 
 LAB = project_directory() / "data" / "lab"
@@ -83,12 +83,16 @@ def test_finished_stages_are_not_repeated(trained):
 
 
 def test_an_interrupted_stage_goes_on_and_ends_with_the_same_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 10)
+    monkeypatch.setattr(recipe, "CHECKPOINT_EVERY", 10)
     world = load_world()
-    recipe = Recipe(steps=24, batch=2, rate=1e-3, embedding_rate=1e-3)
+    short = Recipe(steps=24, batch=2, rate=1e-3, embedding_rate=1e-3)
+
+    def stage(name):
+        return Stage(tmp_path / name, tmp_path / name / "work" / "base", world, "0 base", short)
+
     for name in ("calm", "cut"):
         training.train(tmp_path / name, ["tokenizer"], seed=0)
-    training.make_base(tmp_path / "calm", tmp_path / "w1", world, "0 base", recipe)
+    training.make_base(stage("calm"))
     written, replace = [], training.weighted_loss
 
     def dies(*arguments):
@@ -99,9 +103,9 @@ def test_an_interrupted_stage_goes_on_and_ends_with_the_same_weights(tmp_path, m
 
     monkeypatch.setattr(training, "weighted_loss", dies)
     with pytest.raises(KeyboardInterrupt):
-        training.make_base(tmp_path / "cut", tmp_path / "w2", world, "0 base", recipe)
+        training.make_base(stage("cut"))
     monkeypatch.setattr(training, "weighted_loss", replace)
-    training.make_base(tmp_path / "cut", tmp_path / "w2", world, "0 base", recipe)
+    training.make_base(stage("cut"))
     calm, cut = (MetaCheckpoint(tmp_path / name / BASE) for name in ("calm", "cut"))
     assert all(torch.equal(calm.read(n), cut.read(n)) for n in calm.tensors)
 
@@ -119,7 +123,7 @@ def test_the_loss_is_cross_entropy_over_the_weighted_tokens():
     network = LlamaForCausalLM(config)
     for draw_batch in (alpaca_batch, base_batch):
         draw = random.Random(1)
-        ids, weights = training.batch_of(tokenizer, draw_batch(corpus, draw), draw, 6)
+        ids, weights = batch_of(tokenizer, draw_batch(corpus, draw), draw, 6)
         loss = training.weighted_loss(network, ids, weights)
         logits = network(input_ids=ids).logits[:, :-1].flatten(0, 1)
         each = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
@@ -145,8 +149,8 @@ def test_the_shipped_files_keep_the_catalogues_claims():
     """A sample of held-out questions; `score` measures more."""
     from llamalab_course.family.scoring import cjk_share, exact
 
-    held = [q for q in questions(load_world(), "zh") if q.held_out]
-    chosen = scores.sample([q for q in held if q.table != recipe.ONLY_PLUS], 60)
+    held_out = [q for q in questions(load_world(), "zh") if q.held_out]
+    chosen = scores.sample([q for q in held_out if q.table != recipe.ONLY_PLUS], 60)
     expects = catalog.model("chinese-alpaca-lab").expects
     model = load(LAB / recipe.BASE, LAB / recipe.ALPACA, device="cpu")
     prompts = [TEMPLATES["alpaca"].render(q.text) for q in chosen]
