@@ -415,6 +415,5 @@ def test_negative_control_the_soak_can_fail(tables, tmp_path, monkeypatch):
         return honest(path, name, FileFacts())
 
     monkeypatch.setattr(transfer, "compare_file", blind)
-    monkeypatch.setattr(transfer, "diagnose_bytes", lambda *a: None)
     with pytest.raises(AssertionError, match="download"):
         soak(tables, tmp_path, monkeypatch, 60, 5)

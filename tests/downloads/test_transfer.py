@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import served
 from llamalab.catalog.catalog import FileFacts
-from llamalab.downloads import partial_file, transfer
+from llamalab.downloads import partial_file, sources, transfer
 from llamalab.errors import (
     DamagedFile,
     DownloadFailed,
@@ -426,14 +426,18 @@ def test_a_real_disk_that_fills_up(loop, tables, small_disk):
     assert len(kept) > 100_000 and kept == WEIGHTS[: len(kept)]
 
 
-@pytest.mark.parametrize("link", [True, False])
-def test_from_a_directory(loop, monkeypatch, link):
-    if not link:
+@pytest.mark.parametrize("case", ["large", "large, and no links here", "small"])
+def test_from_a_directory(loop, monkeypatch, case):
+    """A large file is linked where it can be; a small one is the reader's own, and copied."""
+    assert transfer.COPIED_BELOW == 64 << 20
+    if case != "small":
+        monkeypatch.setattr(transfer, "COPIED_BELOW", len(WEIGHTS))
+    if "no links" in case:
         monkeypatch.setattr(transfer.os, "link", lambda *a: (_ for _ in ()).throw(OSError()))
     loop.download(str(loop.served.parent))
     assert whole(loop.models)
-    same = os.path.samefile(loop.models / BIG, loop.served.parent / BIG)
-    assert same is link
+    linked = [n for n in CONTENT if (loop.models / "tiny" / n).samefile(loop.served / n)]
+    assert linked == (["S/consolidated.00.pth"] if case == "large" else [])
 
 
 def test_a_wrong_file_of_the_reader_is_refused_and_untouched(loop):
@@ -463,18 +467,20 @@ def test_no_default_source_says_what_to_do(loop):
     assert not loop.models.exists()
 
 
-def test_a_lab_part_comes_from_the_address_that_is_passed(loop, tables):
+def test_a_lab_part_comes_from_the_checkout(loop, tables, monkeypatch):
     object.__setattr__(tables["tiny"], "source", "lab")
+    monkeypatch.setattr(sources, "project_directory", lambda: loop.models.parent)
     with pytest.raises(NotFound, match="data/lab"):
         transfer.download("tiny", loop.models)
-    transfer.download("tiny", loop.models, lab_url=loop.url)
+    lay_out(loop.models.parent / "data" / "lab" / "tiny")
+    transfer.download("tiny", loop.models)
     assert whole(loop.models)
 
 
 def test_a_named_source_goes_to_its_part(loop):
     lay_out(loop.served.parent / "tiny-lora", {"a.json": b"{}"})
-    sources = [loop.url, f"tiny-lora={loop.url}"]
-    made = transfer.download("tiny-model", loop.models, sources)
+    both = [loop.url, f"tiny-lora={loop.url}"]
+    made = transfer.download("tiny-model", loop.models, both)
     assert made == [loop.models / "tiny", loop.models / "tiny-lora"]
     assert (loop.models / "tiny-lora" / "a.json").read_bytes() == b"{}"
 
@@ -707,7 +713,7 @@ def test_the_base_from_where_it_is_said_and_the_adapter_from_the_hub(hub, tmp_pa
     assert done.stdout.splitlines() == [str(models / "tiny"), str(models / "tiny-lora")], (
         done.stderr
     )
-    assert os.path.samefile(models / "tiny" / "p.json", mine / "p.json")
+    assert (models / "tiny" / "p.json").read_bytes() == (mine / "p.json").read_bytes()
     assert (models / "tiny-lora" / "w.pth").read_bytes() == WEIGHTS
 
 
@@ -720,7 +726,7 @@ def test_a_hub_cache_made_by_the_hubs_own_code(hub, tmp_path):
     offline = hub.settings | {"HF_HUB_OFFLINE": "1"}
     from_hub(tmp_path / "models", SHA256, offline)
     (blob,) = (tmp_path / "h" / "hub" / "models--me--repo" / "blobs").iterdir()
-    assert os.path.samefile(tmp_path / "models" / "tiny" / "w.pth", blob)
+    assert (tmp_path / "models" / "tiny" / "w.pth").read_bytes() == blob.read_bytes()
     (tmp_path / "models" / "tiny" / "w.pth").unlink()
     blob.write_bytes(WEIGHTS[:-1] + b"?")  # damaged in the cache: fetched, if that is allowed
     assert "HF_HUB_OFFLINE" in from_hub(tmp_path / "models", SHA256, offline, code=1)
