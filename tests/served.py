@@ -13,7 +13,7 @@ import zipfile
 from collections import namedtuple
 
 from llamalab.catalog.catalog import FileFacts, ModelEntry, Part
-from llamalab.downloads import transfer
+from llamalab.downloads import file_download, transfer
 from llamalab_course.file_server import serve_files
 
 
@@ -79,8 +79,8 @@ def accepted(models) -> set[str]:
 
 def loop(tables, tmp_path, monkeypatch):
     """A mirror that serves the part "tiny", and a download from it."""
-    monkeypatch.setattr(transfer, "BACK_OFF_SECONDS", 0.001)
-    monkeypatch.setattr(transfer, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(file_download, "BACK_OFF_SECONDS", 0.001)
+    monkeypatch.setattr(file_download, "STALL_SECONDS", 0.5)
     served, models, log, faults = lay_out(tmp_path / "served" / "tiny"), tmp_path / "models", [], {}
     with serve_files(served.parent, faults, log) as url:
 

@@ -11,7 +11,7 @@ import pytest
 import served
 from llamalab.catalog.catalog import FileFacts, Part
 from llamalab.cli import main
-from llamalab.downloads import transfer
+from llamalab.downloads import file_download, transfer
 from llamalab.errors import LabError
 from llamalab_course.file_server import Fault, serve_files
 from served import BIG, SHA256, WEIGHTS, accepted, archive, child, lay_out, whole
@@ -145,8 +145,8 @@ def test_right_bytes_or_one_clear_error(
     tables, tmp_path, monkeypatch, capsys, acts, words, connections
 ):
     assert len(CASES) >= 25
-    monkeypatch.setattr(transfer, "BACK_OFF_SECONDS", 0.001)
-    monkeypatch.setattr(transfer, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(file_download, "BACK_OFF_SECONDS", 0.001)
+    monkeypatch.setattr(file_download, "STALL_SECONDS", 0.3)
     monkeypatch.setattr(transfer, "PIECE", 1 << 15)
     folder, models = lay_out(tmp_path / "served" / "tiny"), tmp_path / "models"
     acts = [Fault(**vars(act)) if act else None for act in acts]  # they count how often they act
@@ -371,8 +371,8 @@ class Chance(dict):
 
 def soak(tables, folder, monkeypatch, count, seed):
     """Download over and over; return how often the bytes came, and how often an error instead."""
-    monkeypatch.setattr(transfer, "BACK_OFF_SECONDS", 0.0005)
-    monkeypatch.setattr(transfer, "STALL_SECONDS", 0.1)
+    monkeypatch.setattr(file_download, "BACK_OFF_SECONDS", 0.0005)
+    monkeypatch.setattr(file_download, "STALL_SECONDS", 0.1)
     monkeypatch.setattr(transfer, "PIECE", 1 << 15)
     lay_out(folder / "served" / "tiny")
     chance, ends = random.Random(seed), {"bytes": 0, "error": 0}
@@ -409,11 +409,11 @@ def test_a_soak_of_two_hundred_downloads(tables, tmp_path, monkeypatch, capsys):
 
 def test_negative_control_the_soak_can_fail(tables, tmp_path, monkeypatch):
     """With the judgement taken away the same soak accepts wrong bytes, and says so."""
-    honest = transfer.compare_file
+    honest = file_download.compare_file
 
     def blind(path, name, facts, *arguments):
         return honest(path, name, FileFacts())
 
-    monkeypatch.setattr(transfer, "compare_file", blind)
+    monkeypatch.setattr(file_download, "compare_file", blind)
     with pytest.raises(AssertionError, match="download"):
         soak(tables, tmp_path, monkeypatch, 60, 5)

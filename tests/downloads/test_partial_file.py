@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llamalab import files
 from llamalab.catalog.catalog import FileFacts
 from llamalab.downloads import partial_file
-from llamalab.downloads.partial_file import Abandoned, PartialFile
+from llamalab.downloads.partial_file import PartialFile, Stale
 from llamalab.files import lock_now, locked
 
 CONTENT = bytes(i * 7 % 251 for i in range(1000))
@@ -50,10 +50,10 @@ def test_after_a_kill_nothing_is_claimed_that_is_not_here(tmp_path_factory, piec
         if held.write(gap, CONTENT[gap.start : gap.start + count]):
             del taken[worker]
         if number == noted:  # the note is as old as that when the process dies
-            held._noted = 0.0
+            held._written_at = 0.0
             held.follow()
     copy = tmp_path_factory.mktemp("killed")
-    for path in (held.path, held.note):
+    for path in (held.path, held.sidecar):
         shutil.copy(path, copy / path.name)
     after = PartialFile(copy / "file", URL, FACTS)
     missing = {i for gap in after.gaps for i in range(gap.start, gap.stop)}
@@ -77,8 +77,8 @@ def test_a_note_of_nonsense_is_no_note(tmp_path_factory, missing):
     held, gap = begin(folder)
     held.write(gap, CONTENT[:500])
     held.stop()
-    note = json.loads(held.note.read_text()) | {"missing": missing}
-    held.note.write_text(json.dumps(note))
+    note = json.loads(held.sidecar.read_text()) | {"missing": missing}
+    held.sidecar.write_text(json.dumps(note))
     after = PartialFile(folder / "file", URL, FACTS)
     covered = sum(gap.stop - gap.start for gap in after.gaps if gap.stop is not None)
     assert after.have <= 500 and (after.have == 0 or after.have + covered == len(CONTENT))
@@ -91,7 +91,7 @@ def test_what_could_be_another_file_is_not_continued(tmp_path, change):
     held, gap = begin(tmp_path, facts=FileFacts())
     held.write(gap, CONTENT[:500])
     held.stop()
-    held.note.write_text(json.dumps(json.loads(held.note.read_text()) | change))
+    held.sidecar.write_text(json.dumps(json.loads(held.sidecar.read_text()) | change))
     assert PartialFile(tmp_path / "file", URL, FileFacts()).have == 0
 
 
@@ -116,7 +116,7 @@ def test_whoever_comes_late_writes_nothing(tmp_path):
     held.restart()
     fresh = held.take(None)
     held.begin(fresh, '"2"', len(CONTENT), FileFacts())
-    with pytest.raises(Abandoned):
+    with pytest.raises(Stale):
         held.write(gap, b"old version")
     assert held.path.read_bytes() == b""
     held.close()

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 import served
 from llamalab.catalog.catalog import FileFacts
-from llamalab.downloads import partial_file, sources, transfer
+from llamalab.downloads import file_download, partial_file, sources, transfer
 from llamalab.errors import (
     DamagedFile,
     DownloadFailed,
@@ -244,13 +245,13 @@ def test_a_file_without_digest_is_never_pieced_together(loop, tables):
     def change(path=loop.served.parent / BIG):
         path.write_bytes(b"PK\x03\x04" + other)
 
-    before = transfer.time.sleep
-    transfer.time.sleep = lambda seconds: (change(), before(0))
+    before = file_download.time.sleep
+    file_download.time.sleep = lambda seconds: (change(), before(0))
     try:
         with pytest.raises(DamagedFile):  # the new version is no zip archive
             loop.download()
     finally:
-        transfer.time.sleep = before
+        file_download.time.sleep = before
     assert ranges(loop.log) == [("", 200), ("bytes=200000-", 200), ("", 200)]
 
 
@@ -278,10 +279,10 @@ def test_a_flip_and_a_cut_together_end(loop):
 
 
 def test_an_html_page_does_not_cost_what_has_arrived(loop, monkeypatch):
-    monkeypatch.setattr(transfer, "ATTEMPTS", 1)
+    monkeypatch.setattr(file_download, "ATTEMPTS", 1)
     loop.faults[BIG] = Fault(cut_after=100_000, times=1)
     monkeypatch.setattr(
-        transfer.time, "sleep", lambda s: loop.faults.update({BIG: Fault(html=True)})
+        file_download.time, "sleep", lambda s: loop.faults.update({BIG: Fault(html=True)})
     )
     with pytest.raises(DamagedFile, match="HTML page"):
         loop.download()
@@ -328,15 +329,15 @@ def test_a_server_that_never_recovers(loop):
     loop.faults[BIG] = Fault(status=503, retry_after="0")
     with pytest.raises(DownloadFailed, match="503"):
         loop.download()
-    assert len(ranges(loop.log)) == transfer.ATTEMPTS
+    assert len(ranges(loop.log)) == file_download.ATTEMPTS
 
 
 def test_a_long_retry_after_is_bounded(loop, monkeypatch):
     naps = []
-    monkeypatch.setattr(transfer.time, "sleep", naps.append)
+    monkeypatch.setattr(file_download.time, "sleep", naps.append)
     loop.faults[BIG] = Fault(status=429, retry_after="86400", times=1)
     loop.download()
-    assert naps == [transfer.LONGEST_WAIT]
+    assert naps == [file_download.LONGEST_WAIT]
 
 
 def test_no_server_at_all(loop):
@@ -371,7 +372,7 @@ def test_a_proxy_is_not_asked_for_loopback(loop, monkeypatch):
 
 def test_room_is_asked_for_before(loop, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
     with pytest.raises(NotEnoughRoom):
         loop.download()
     assert BIG not in {r.path for r in loop.log}
@@ -433,7 +434,7 @@ def test_from_a_directory(loop, monkeypatch, case):
     if case != "small":
         monkeypatch.setattr(transfer, "COPIED_BELOW", len(WEIGHTS))
     if "no links" in case:
-        monkeypatch.setattr(transfer.os, "link", lambda *a: (_ for _ in ()).throw(OSError()))
+        monkeypatch.setattr(file_download.os, "link", lambda *a: (_ for _ in ()).throw(OSError()))
     loop.download(str(loop.served.parent))
     assert whole(loop.models)
     linked = [n for n in CONTENT if (loop.models / "tiny" / n).samefile(loop.served / n)]

@@ -14,10 +14,55 @@ from email.utils import parsedate_to_datetime
 import httpx
 
 from ..catalog import FileFacts
+from ..errors import DownloadFailed
+from .sources import NotHere, shown
+
+
+class Again(Exception):
+    """An attempt failed in a way that another may not; `wait` is what the server asked for."""
+
+    def __init__(self, reason: str, wait: float | None = None):
+        super().__init__(reason)
+        self.wait = wait
+
+
+def require_bytes(response: httpx.Response, url: str) -> None:
+    """Raise what the answer's status means, unless it brings bytes or says that there are none.
+
+    Raises:
+        NotHere, Again, DownloadFailed: there is no such file; not now; not in this way.
+    """
+    status = response.status_code
+    if status in (404, 410):
+        raise NotHere()
+    if status in (401, 403):
+        raise NotHere(
+            DownloadFailed(
+                f"{shown(url)} was refused ({status}).",
+                "The server wants to know who you are, or has no such file.",
+                "Set HF_TOKEN for a repository you have access to, or check the address.",
+            )
+        )
+    if status in (408, 425, 429) or status >= 500:
+        raise Again(f"the server answered {status}", retry_after(response))
+    if status not in (200, 206, 416):
+        raise DownloadFailed(f"{shown(url)} was answered with status {status}.")
+
+
+def is_encoded(response: httpx.Response) -> bool:
+    """Whether what comes are not the file's own bytes, but those compressed, say."""
+    return response.headers.get("Content-Encoding", "identity") != "identity"
+
+
+def gives_parts(response: httpx.Response) -> bool:
+    """Whether the server would answer a request for a part of the file with that part."""
+    return response.status_code == 206 or response.headers.get("Accept-Ranges") == "bytes"
 
 
 def total_size(response: httpx.Response) -> int | None:
     """Return the size of the whole file, or None where the answer does not give it."""
+    if is_encoded(response):  # that would be the size of something else
+        return None
     header = "Content-Length" if response.status_code == 200 else "Content-Range"
     size = response.headers.get(header, "").rpartition("/")[2]
     return int(size) if re.fullmatch("[0-9]{1,18}", size) else None
@@ -70,13 +115,13 @@ def promised_facts(response: httpx.Response) -> FileFacts:
     like an md5 and be something else.
     """
     size = md5 = sha256 = None
-    for answer in (*response.history, response):
-        linked = answer.headers.get("X-Linked-Size", "")
+    for each in (*response.history, response):
+        linked = each.headers.get("X-Linked-Size", "")
         size = size or (int(linked) if linked.isdecimal() else None)
-        linked = answer.headers.get("X-Linked-ETag", "").removeprefix("W/").strip('"').lower()
+        linked = each.headers.get("X-Linked-ETag", "").removeprefix("W/").strip('"').lower()
         sha256 = sha256 or (linked if re.fullmatch("[0-9a-f]{64}", linked) else None)
-    headers = response.headers
-    if response.headers.get("Content-Encoding", "identity") == "identity":
+    if not is_encoded(response):
+        headers = response.headers
         text = ",".join(headers.get(name, "") for name in ("Repr-Digest", "Digest"))
         if response.status_code == 200:  # of a part, it is the part's
             text += ",md5=" + headers.get("Content-MD5", "")

@@ -1,0 +1,317 @@
+"""One file on its way from one address to its place: asked for, received, judged, and named.
+
+Workers, one a connection, fill the gaps of a `PartialFile`; the thread that called waits for them,
+hashes what has arrived and shows progress. A file gets its final name only when its size and
+every known digest are right. Ranges and validators: RFC 9110, sections 13 and 14.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+from tqdm import tqdm
+
+from ..catalog import FileFacts
+from ..checkpoints import compare_file, diagnose_head, read_checklist
+from ..errors import DamagedFile, DownloadFailed, NotEnoughRoom
+from ..files import require_room
+from ..progress import say
+from .gaps import Gap
+from .partial_file import PartialFile, Stale
+from .response import (
+    Again,
+    contradiction,
+    first_byte,
+    gives_parts,
+    is_encoded,
+    promised_facts,
+    require_bytes,
+    total_size,
+    validator_of,
+)
+from .sources import shown
+
+ATTEMPTS = 6  # in a row that bring nothing new, before we give up
+STALL_SECONDS = 30.0  # silence after which a connection counts as dead
+BACK_OFF_SECONDS = 1.0  # doubles with every attempt
+LONGEST_WAIT = 60.0  # seconds; also bounds what a server may ask for with Retry-After
+_certificates = functools.cache(httpx.create_ssl_context)  # reading them takes a while
+
+
+@dataclass(eq=False)
+class FileDownload:
+    """One file on its way to its place.
+
+    Attributes:
+        target: where it belongs.
+        name: its path inside the part, by which messages call it.
+        facts: what is published of it.
+        bar: progress, in bytes.
+        connections: how many are used at once, at most.
+        piece: bytes that a connection takes on; more than one is worth it from two pieces on.
+        url: the http(s) address, or the path of a local file.
+        headers: what is sent along with every request.
+        partial: the file before it has its name.
+    """
+
+    target: Path
+    name: str
+    facts: FileFacts
+    bar: tqdm
+    connections: int
+    piece: int
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.partial = PartialFile(self.target, shown(self.url), self.facts)
+        self._already_shown = self.bar.n
+
+    def copy(self, linked_from: int) -> None:
+        """Take the local file over; one of `linked_from` bytes or more by a hard link if it can be.
+
+        A second name costs no room, but whoever writes into the one file writes into the other.
+
+        Raises:
+            DamagedFile: it is not the published file; it is left as it is.
+            NotEnoughRoom: the disk has none for a copy.
+        """
+        source = Path(self.url)
+        size = source.stat().st_size
+        self.partial.restart()
+        if size < linked_from or not _linked(source, self.partial.path):
+            require_room(self.target.parent, size)
+            shutil.copyfile(source, self.partial.path)
+        self._accept()
+
+    def fetch(self) -> None:
+        """Bring the file at the URL, begun anew as often as the server changes it.
+
+        Raises:
+            NotHere: the server has no such file, or refuses it.
+            DamagedFile: what it has is not the published file.
+            DownloadFailed, NotEnoughRoom: what has arrived is kept.
+        """
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole addresses, secrets too
+        # A proxy that is set for the outside world cannot reach this machine's own loopback.
+        own = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
+        options = {"verify": _certificates(), "follow_redirects": True, "trust_env": not own}
+        with httpx.Client(timeout=httpx.Timeout(STALL_SECONDS), **options) as self._client:
+            furthest, fruitless, in_one_piece = self.partial.have, 0, False
+            while True:
+                try:
+                    self._receive()
+                except Stale as error:
+                    fruitless = 0 if self.partial.have > furthest else fruitless + 1
+                    furthest = max(furthest, self.partial.have)
+                    if fruitless >= ATTEMPTS:
+                        raise self._gave_up(error) from None
+                except KeyboardInterrupt:
+                    kept = f"{self.partial.have:,} bytes of '{self.name}' are kept"
+                    say(f"{kept}; the same download goes on there.")
+                    raise
+                else:
+                    joined = self.partial.joined
+                    try:
+                        return self._accept()
+                    except DamagedFile:
+                        # Pieces of two versions, perhaps: once more in one before we blame it.
+                        if not joined or in_one_piece:
+                            raise
+                        in_one_piece = True
+                self.partial.restart()
+                self.connections = 1
+
+    def _receive(self) -> None:
+        """Fill every gap, over several connections where that is of use.
+
+        The first worker's failures are the download's. Any other may fail without harm: it gives
+        its gap back, and what it met the first will meet, too.
+        """
+        partial, failures, moved = self.partial, [], threading.Event()
+        workers: list[threading.Thread] = []
+        try:
+            while True:
+                working = any(worker.is_alive() for worker in workers)
+                if failures or not partial.gaps:  # looked at after those who report them
+                    break
+                if not working:
+                    workers = [self._start_worker(True, failures, moved)]
+                elif partial.size and len(workers) < min(self.connections, len(partial.gaps)):
+                    workers.append(self._start_worker(False, failures, moved))
+                if not partial.follow():
+                    moved.wait(0.02)
+                    moved.clear()
+                self._show_progress()
+            while not failures and partial.follow():
+                pass
+            self._show_progress()
+            if failures:
+                raise failures[0]
+        except BaseException:
+            partial.stop()
+            raise
+
+    def _show_progress(self) -> None:
+        self.bar.update(self._already_shown + self.partial.have - self.bar.n)
+
+    def _start_worker(
+        self, first: bool, failures: list[BaseException], moved: threading.Event
+    ) -> threading.Thread:
+        def work() -> None:
+            try:
+                self._fill_gaps()
+            except BaseException as error:  # it belongs to the thread that waits for us
+                if first or isinstance(error, (NotEnoughRoom, Stale)):
+                    failures.append(error)
+            finally:
+                moved.set()
+
+        # A daemon: one that waits for a silent server keeps nobody from leaving.
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        return worker
+
+    def _fill_gaps(self) -> None:
+        """Fill one gap after another, and try again where another attempt may help."""
+        fruitless = 0
+        while gap := self.partial.take(self.piece if self.connections > 1 else None):
+            before = gap.start
+            try:
+                self._fill(gap)
+                fruitless = 0
+                continue
+            except (httpx.UnsupportedProtocol, httpx.TooManyRedirects, httpx.InvalidURL) as error:
+                raise DownloadFailed(f"{shown(self.url)} cannot be fetched.", f"{error}.") from None
+            except (Again, httpx.RequestError) as error:
+                fruitless = 0 if gap.start > before else fruitless + 1
+                if fruitless >= ATTEMPTS:
+                    raise self._gave_up(error) from None
+                wait = getattr(error, "wait", None)
+            finally:
+                self.partial.give_back(gap)
+            wait = BACK_OFF_SECONDS * 2**fruitless if wait is None else wait
+            time.sleep(min(wait, LONGEST_WAIT))
+
+    def _fill(self, gap: Gap) -> None:
+        """Send one request and keep what comes; on return the gap is filled.
+
+        Raises:
+            Again, httpx.RequestError: worth another attempt.
+            Stale: what comes does not go with what is here.
+            DamagedFile: the server offers something else; what has arrived before is kept.
+        """
+        partial = self.partial
+        with self._client.stream("GET", self.url, headers=self._request_for(gap)) as response:
+            require_bytes(response, self.url)
+            total = total_size(response)
+            if response.status_code == 416 and total == gap.start and partial.size is None:
+                return partial.finish(gap)
+            chunks = response.iter_bytes() if is_encoded(response) else response.iter_raw()
+            first = next(chunks, b"")
+            self._require_right_file(response, first)
+            self._require_same_version(response, gap)
+            self._begin(gap, response)
+            for block in itertools.chain([first], chunks):
+                if gap.start == gap.stop or partial.write(gap, block):
+                    return
+        if gap.stop is not None:
+            raise Again("the connection was cut")
+        partial.finish(gap)
+
+    def _request_for(self, gap: Gap) -> dict[str, str]:
+        """Return the headers that ask for the bytes of a gap."""
+        headers = {**self.headers, "Accept-Encoding": "identity"}
+        if gap.start or gap.stop != self.partial.size:
+            last = "" if gap.stop == self.partial.size else gap.stop - 1
+            headers["Range"] = f"bytes={gap.start}-{last}"
+            headers |= {"If-Range": self.partial.etag} if self.partial.etag else {}
+        return headers
+
+    def _require_right_file(self, response: httpx.Response, first: bytes) -> None:
+        """Refuse an answer that by its head or first bytes is not the file that is wanted."""
+        promise = promised_facts(response)
+        cause = diagnose_head(first, self.name) if first_byte(response) == 0 else None
+        cause = cause or contradiction(self.partial.facts, promise)
+        if response.status_code == 200:
+            total = FileFacts(total_size(response))
+            cause = cause or contradiction(self.partial.facts, total)
+            cause = cause or contradiction(promise, total)
+        if cause:
+            raise self._refused(cause)
+
+    def _require_same_version(self, response: httpx.Response, gap: Gap) -> None:
+        """Refuse an answer that is not the part that was asked for, of the file that is here."""
+        partial, etag, total = self.partial, validator_of(response), total_size(response)
+        other_etag = etag and partial.etag and etag != partial.etag
+        other_size = None not in (total, partial.size) and total != partial.size
+        unfit = is_encoded(response) and response.status_code == 206
+        if first_byte(response) != gap.start or other_etag or other_size or unfit:
+            raise Stale("the server sent another part than the one asked for")
+
+    def _begin(self, gap: Gap, response: httpx.Response) -> None:
+        """Make ready for the bytes of an answer, and leave some to others if it is long."""
+        partial, promise, total = self.partial, promised_facts(response), total_size(response)
+        size = total if total is not None else promise.size or partial.facts.size
+        require_room(partial.path.parent, (size or 0) - partial.have)
+        etag = None if is_encoded(response) else validator_of(response)
+        partial.begin(gap, etag, size, promise)
+        long = gap.stop is not None and gap.stop >= 2 * self.piece
+        if self.connections > 1 and long and gives_parts(response):
+            partial.share(gap, self.piece)
+
+    def _gave_up(self, error: Exception) -> DownloadFailed:
+        return DownloadFailed(
+            f"{shown(self.url)} could not be fetched: {str(error) or type(error).__name__}.",
+            f"{ATTEMPTS} attempts in a row brought nothing new.",
+            f"{self.partial.have:,} bytes are kept; run the same command to go on from there.",
+        )
+
+    def _accept(self) -> None:
+        """Give the complete file its final name if its bytes are right; else remove it."""
+        partial, digests = self.partial, self.partial.digests()
+        partial.close()
+        try:
+            row = compare_file(partial.path, self.name, partial.facts, self.bar.update, digests)
+            if row.status == "WRONG":
+                # One of the digests says enough here; 'verify' shows them all.
+                expected, found = row.expected.split(", ")[0], row.found.split(", ")[0]
+                digest = f" Expected {expected}; found {found}." if expected else ""
+                raise self._refused(row.cause + digest)
+            if self.name.endswith("checklist.chk"):
+                read_checklist(partial.path)
+        except DamagedFile:
+            partial.restart()
+            raise
+        with open(partial.path, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial.path, self.target)
+        partial.restart()
+
+    def _refused(self, cause: str) -> DamagedFile:
+        return DamagedFile(
+            f"'{self.name}' from {shown(self.url)} is not the published file, and was not kept.",
+            cause,
+            "Try again; if it stays so, the source is at fault: "
+            "give another with --source PART=WHERE.",
+        )
+
+
+def _linked(source: Path, path: Path) -> bool:
+    """Give a file a second name; return whether that can be done here."""
+    try:
+        os.link(source.resolve(), path)
+    except OSError:
+        return False
+    return True
