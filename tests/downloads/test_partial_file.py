@@ -24,10 +24,10 @@ FACTS = FileFacts(len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest())
 URL = "http://127.0.0.1/file"
 
 
-def begin(folder, facts=FACTS):
+def begin(folder, facts=FACTS, piece=None):
     held = PartialFile(folder / "file", URL, facts)
-    gap = held.take(None)
-    held.begin(gap, '"1"', len(CONTENT), FileFacts())
+    gap = held.take()
+    held.begin(gap, '"1"', len(CONTENT), FileFacts(), piece)
     return held, gap
 
 
@@ -39,11 +39,10 @@ def begin(folder, facts=FACTS):
 )
 def test_after_a_kill_nothing_is_claimed_that_is_not_here(tmp_path_factory, piece, steps, noted):
     folder = tmp_path_factory.mktemp("kill")
-    held, first = begin(folder)
-    held.share(first, piece)
+    held, first = begin(folder, piece=piece)
     taken = {0: first}
     for number, (worker, count) in enumerate(steps):
-        gap = taken.get(worker) or held.take(piece)
+        gap = taken.get(worker) or held.take()
         if gap is None:
             continue
         taken[worker] = gap
@@ -97,10 +96,9 @@ def test_what_could_be_another_file_is_not_continued(tmp_path, change):
 
 def test_the_digests_follow_the_part_without_a_gap(tmp_path, monkeypatch):
     monkeypatch.setattr(partial_file, "BLOCK", 100)
-    held, first = begin(tmp_path)
-    held.share(first, 300)
-    second = held.take(None)
-    held.write(second, CONTENT[300:])
+    held, first = begin(tmp_path, piece=500)
+    second = held.take()
+    held.write(second, CONTENT[500:])
     assert not held.follow()  # the front is still missing
     held.write(first, CONTENT)  # more than the gap: the rest is another's
     while held.follow():
@@ -114,7 +112,7 @@ def test_whoever_comes_late_writes_nothing(tmp_path):
     held, gap = begin(tmp_path)
     held.write(gap, CONTENT[:10])
     held.restart()
-    fresh = held.take(None)
+    fresh = held.take()
     held.begin(fresh, '"2"', len(CONTENT), FileFacts())
     with pytest.raises(Stale):
         held.write(gap, b"old version")

@@ -7,10 +7,12 @@ every known digest are right. Ranges and validators: RFC 9110, sections 13 and 1
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
 import os
+import queue
 import shutil
 import threading
 import time
@@ -90,7 +92,10 @@ class FileDownload:
         source = Path(self.url)
         size = source.stat().st_size
         self.partial.restart()
-        if size < linked_from or not _linked(source, self.partial.path):
+        if size >= linked_from:
+            with contextlib.suppress(OSError):  # no links here, or another disk
+                os.link(source.resolve(), self.partial.path)
+        if not self.partial.path.exists():
             require_room(self.target.parent, size)
             shutil.copyfile(source, self.partial.path)
         self._accept()
@@ -139,26 +144,25 @@ class FileDownload:
         The first worker's failures are the download's. Any other may fail without harm: it gives
         its gap back, and what it met the first will meet, too.
         """
-        partial, failures, moved = self.partial, [], threading.Event()
-        workers: list[threading.Thread] = []
+        partial, ended, started, working = self.partial, queue.SimpleQueue(), 0, 0
         try:
-            while True:
-                working = any(worker.is_alive() for worker in workers)
-                if failures or not partial.gaps:  # looked at after those who report them
-                    break
+            while partial.gaps:
                 if not working:
-                    workers = [self._start_worker(True, failures, moved)]
-                elif partial.size and len(workers) < min(self.connections, len(partial.gaps)):
-                    workers.append(self._start_worker(False, failures, moved))
-                if not partial.follow():
-                    moved.wait(0.02)
-                    moved.clear()
+                    started = 0
+                useful = min(self.connections, len(partial.gaps)) if partial.size else 1
+                if started < useful:
+                    self._start_worker(started == 0, ended)
+                    started, working = started + 1, working + 1
+                wait = 0 if partial.follow() else 0.02
                 self._show_progress()
-            while not failures and partial.follow():
+                with contextlib.suppress(queue.Empty):
+                    failure = ended.get(timeout=wait)
+                    working -= 1
+                    if failure:
+                        raise failure
+            while partial.follow():
                 pass
             self._show_progress()
-            if failures:
-                raise failures[0]
         except BaseException:
             partial.stop()
             raise
@@ -166,27 +170,24 @@ class FileDownload:
     def _show_progress(self) -> None:
         self.bar.update(self._already_shown + self.partial.have - self.bar.n)
 
-    def _start_worker(
-        self, first: bool, failures: list[BaseException], moved: threading.Event
-    ) -> threading.Thread:
+    def _start_worker(self, first: bool, ended: queue.SimpleQueue) -> None:
         def work() -> None:
+            failure = None
             try:
                 self._fill_gaps()
             except BaseException as error:  # it belongs to the thread that waits for us
                 if first or isinstance(error, (NotEnoughRoom, Stale)):
-                    failures.append(error)
+                    failure = error
             finally:
-                moved.set()
+                ended.put(failure)
 
         # A daemon: one that waits for a silent server keeps nobody from leaving.
-        worker = threading.Thread(target=work, daemon=True)
-        worker.start()
-        return worker
+        threading.Thread(target=work, daemon=True).start()
 
     def _fill_gaps(self) -> None:
         """Fill one gap after another, and try again where another attempt may help."""
         fruitless = 0
-        while gap := self.partial.take(self.piece if self.connections > 1 else None):
+        while gap := self.partial.take():
             before = gap.start
             try:
                 self._fill(gap)
@@ -262,14 +263,12 @@ class FileDownload:
 
     def _begin(self, gap: Gap, response: httpx.Response) -> None:
         """Make ready for the bytes of an answer, and leave some to others if it is long."""
-        partial, promise, total = self.partial, promised_facts(response), total_size(response)
-        size = total if total is not None else promise.size or partial.facts.size
+        partial, promise, size = self.partial, promised_facts(response), total_size(response)
+        size = size if size is not None else promise.size or partial.facts.size
         require_room(partial.path.parent, (size or 0) - partial.have)
         etag = None if is_encoded(response) else validator_of(response)
-        partial.begin(gap, etag, size, promise)
-        long = gap.stop is not None and gap.stop >= 2 * self.piece
-        if self.connections > 1 and long and gives_parts(response):
-            partial.share(gap, self.piece)
+        helped = self.connections > 1 and (size or 0) >= 2 * self.piece and gives_parts(response)
+        partial.begin(gap, etag, size, promise, self.piece if helped else None)
 
     def _gave_up(self, error: Exception) -> DownloadFailed:
         return DownloadFailed(
@@ -306,12 +305,3 @@ class FileDownload:
             "Try again; if it stays so, the source is at fault: "
             "give another with --source PART=WHERE.",
         )
-
-
-def _linked(source: Path, path: Path) -> bool:
-    """Give a file a second name; return whether that can be done here."""
-    try:
-        os.link(source.resolve(), path)
-    except OSError:
-        return False
-    return True

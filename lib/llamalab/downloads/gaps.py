@@ -36,17 +36,20 @@ class Gaps:
         Raises:
             ValueError, TypeError: these are no gaps, or not those of a file of that length.
         """
-        gaps, end, here_until = cls(), 0, 0
+        gaps, end, here_until = [Gap(0, 0)], 0, 0
         for start, stop in [*missing, (size, size)]:
             if not end <= index(start) <= index(stop) <= size:
                 raise ValueError(f"[{start}, {stop}) is no gap behind byte {end}")
             here_until = start if start > end else here_until
             end = stop
             reached = length if start < length <= stop else start
-            gaps._gaps += [Gap(reached, stop)] if reached < stop else []
+            if reached == gaps[-1].stop:  # pieces of one gap
+                gaps[-1].stop = stop
+            else:
+                gaps.append(Gap(reached, stop))
         if not here_until <= length <= size:
             raise ValueError(f"{length} bytes are not the {here_until} to {size} of these gaps")
-        return gaps
+        return cls(gap for gap in gaps if gap.start < gap.stop)
 
     def __iter__(self) -> Iterator[Gap]:
         return iter(self._gaps)
@@ -65,14 +68,17 @@ class Gaps:
             gap.taken = True
         return gap
 
-    def cut(self, gap: Gap, piece: int) -> bool:
-        """Leave to others what lies behind the next `piece` bytes; return whether anything does."""
-        if gap.stop is None or gap.stop - gap.start <= piece:
-            return False
-        rest = Gap(gap.start + piece, gap.stop)
-        self._gaps.insert(self._gaps.index(gap) + 1, rest)
-        gap.stop = rest.start
-        return True
+    def split(self, piece: int) -> None:
+        """Cut every gap with an end into pieces of `piece` bytes, so that several may fill it."""
+        pieces = []
+        for gap in self._gaps:
+            pieces.append(gap)
+            while gap.stop is not None and gap.stop - gap.start > piece:
+                rest = Gap(gap.start + piece, gap.stop)
+                gap.stop = rest.start
+                gap = rest
+                pieces.append(gap)
+        self._gaps = pieces
 
     def fill(self, gap: Gap, count: int) -> bool:
         """Take the next `count` bytes of a gap for here; return whether none of it is left."""

@@ -108,8 +108,19 @@ class PartialFile:
             os.close(self._file)
             self._file = None
 
-    def begin(self, gap: Gap, etag: str | None, size: int | None, facts: FileFacts) -> None:
+    def begin(
+        self,
+        gap: Gap,
+        etag: str | None,
+        size: int | None,
+        promise: FileFacts,
+        piece: int | None = None,
+    ) -> None:
         """Make ready for the first byte of an answer; on disk, say where the bytes come from.
+
+        Args:
+            etag, size, promise: what the server says of the whole file.
+            piece: bytes; what is missing is cut into such pieces, so that others may help.
 
         Raises:
             Stale: the gap is nobody's any more, or more is here than the whole file has.
@@ -122,31 +133,19 @@ class PartialFile:
                 if self.have == 0:
                     self.path.unlink(missing_ok=True)
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            self.joined |= self.have > 0
-            self.facts, self.etag = filled_from(self.facts, facts), etag or self.etag
+            self.facts, self.etag = filled_from(self.facts, promise), etag or self.etag
             if self.size is None and size is not None:
                 self.size = size
                 self.gaps.end_at(size)
+            if piece:
+                self.gaps.split(piece)
+            self.joined |= self.have > 0 or len(self.gaps) > 1
             self._write_sidecar()
 
-    def take(self, piece: int | None) -> Gap | None:
-        """Return the first gap that nobody fills, or its first `piece` bytes; None if there is none."""
+    def take(self) -> Gap | None:
+        """Return the first gap that nobody fills, which is taken then; None if there is none."""
         with self._lock:
-            gap = self.gaps.take()
-            if gap and piece:
-                self._cut(gap, piece)
-            return gap
-
-    def share(self, gap: Gap, piece: int) -> None:
-        """Leave to others what lies behind the next `piece` bytes of `gap`."""
-        with self._lock:
-            self._require(gap)
-            self._cut(gap, piece)
-
-    def _cut(self, gap: Gap, piece: int) -> None:
-        if self.gaps.cut(gap, piece):
-            self.joined = True
-            self._write_sidecar()
+            return self.gaps.take()
 
     def give_back(self, gap: Gap) -> None:
         """Let another take what is left of `gap`."""
@@ -222,9 +221,5 @@ class PartialFile:
 
 def filled_from(facts: FileFacts, more: FileFacts) -> FileFacts:
     """Return `facts` with what only `more` says."""
-    return replace(
-        facts,
-        size=facts.size if facts.size is not None else more.size,
-        md5=facts.md5 or more.md5,
-        sha256=facts.sha256 or more.sha256,
-    )
+    known = {name: value for name, value in vars(facts).items() if value is not None}
+    return replace(more, **known)
