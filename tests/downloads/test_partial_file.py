@@ -17,6 +17,7 @@ from llamalab import files
 from llamalab.catalog.catalog import FileFacts
 from llamalab.downloads import partial_file
 from llamalab.downloads.partial_file import PartialFile, Stale
+from llamalab.downloads.response import Head
 from llamalab.files import lock_now, locked
 
 CONTENT = bytes(i * 7 % 251 for i in range(1000))
@@ -27,7 +28,7 @@ URL = "http://127.0.0.1/file"
 def begin(folder, facts=FACTS, piece=None):
     held = PartialFile(folder / "file", URL, facts)
     gap = held.take()
-    held.begin(gap, '"1"', len(CONTENT), FileFacts(), piece)
+    held.begin(gap, Head(0, len(CONTENT), '"1"', gives_parts=True), piece)
     return held, gap
 
 
@@ -113,7 +114,7 @@ def test_whoever_comes_late_writes_nothing(tmp_path):
     held.write(gap, CONTENT[:10])
     held.restart()
     fresh = held.take()
-    held.begin(fresh, '"2"', len(CONTENT), FileFacts())
+    held.begin(fresh, Head(0, len(CONTENT), '"2"'))
     with pytest.raises(Stale):
         held.write(gap, b"old version")
     assert held.path.read_bytes() == b""

@@ -31,17 +31,7 @@ from ..files import require_room
 from ..progress import say
 from .gaps import Gap
 from .partial_file import PartialFile, Stale
-from .response import (
-    Again,
-    contradiction,
-    first_byte,
-    gives_parts,
-    is_encoded,
-    promised_facts,
-    require_bytes,
-    total_size,
-    validator_of,
-)
+from .response import Again, Head, require_bytes
 from .sources import shown
 
 ATTEMPTS = 6  # in a row that bring nothing new, before we give up
@@ -216,14 +206,15 @@ class FileDownload:
         partial = self.partial
         with self._client.stream("GET", self.url, headers=self._request_for(gap)) as response:
             require_bytes(response, self.url)
-            total = total_size(response)
-            if response.status_code == 416 and total == gap.start and partial.size is None:
+            head = Head.of(response)
+            if response.status_code == 416 and head.size == gap.start and partial.size is None:
                 return partial.finish(gap)
-            chunks = response.iter_bytes() if is_encoded(response) else response.iter_raw()
+            chunks = response.iter_bytes() if head.encoded else response.iter_raw()
             first = next(chunks, b"")
-            self._require_right_file(response, first)
-            self._require_same_version(response, gap)
-            self._begin(gap, response)
+            page = diagnose_head(first, self.name) if head.start == 0 else None
+            if cause := page or head.contradiction(partial.facts):
+                raise self._refused(cause)
+            partial.begin(gap, head, self.piece if self.connections > 1 else None)
             for block in itertools.chain([first], chunks):
                 if gap.start == gap.stop or partial.write(gap, block):
                     return
@@ -239,36 +230,6 @@ class FileDownload:
             headers["Range"] = f"bytes={gap.start}-{last}"
             headers |= {"If-Range": self.partial.etag} if self.partial.etag else {}
         return headers
-
-    def _require_right_file(self, response: httpx.Response, first: bytes) -> None:
-        """Refuse an answer that by its head or first bytes is not the file that is wanted."""
-        promise = promised_facts(response)
-        cause = diagnose_head(first, self.name) if first_byte(response) == 0 else None
-        cause = cause or contradiction(self.partial.facts, promise)
-        if response.status_code == 200:
-            total = FileFacts(total_size(response))
-            cause = cause or contradiction(self.partial.facts, total)
-            cause = cause or contradiction(promise, total)
-        if cause:
-            raise self._refused(cause)
-
-    def _require_same_version(self, response: httpx.Response, gap: Gap) -> None:
-        """Refuse an answer that is not the part that was asked for, of the file that is here."""
-        partial, etag, total = self.partial, validator_of(response), total_size(response)
-        other_etag = etag and partial.etag and etag != partial.etag
-        other_size = None not in (total, partial.size) and total != partial.size
-        unfit = is_encoded(response) and response.status_code == 206
-        if first_byte(response) != gap.start or other_etag or other_size or unfit:
-            raise Stale("the server sent another part than the one asked for")
-
-    def _begin(self, gap: Gap, response: httpx.Response) -> None:
-        """Make ready for the bytes of an answer, and leave some to others if it is long."""
-        partial, promise, size = self.partial, promised_facts(response), total_size(response)
-        size = size if size is not None else promise.size or partial.facts.size
-        require_room(partial.path.parent, (size or 0) - partial.have)
-        etag = None if is_encoded(response) else validator_of(response)
-        helped = self.connections > 1 and (size or 0) >= 2 * self.piece and gives_parts(response)
-        partial.begin(gap, etag, size, promise, self.piece if helped else None)
 
     def _gave_up(self, error: Exception) -> DownloadFailed:
         return DownloadFailed(

@@ -20,8 +20,9 @@ from pathlib import Path
 from ..catalog import FileFacts
 from ..checkpoints import BLOCK, Digests
 from ..errors import NotEnoughRoom
-from ..files import full_disk_named, partial_of
+from ..files import full_disk_named, partial_of, require_room
 from .gaps import Gap, Gaps
+from .response import Head
 
 SIDECAR_SECONDS = 0.5  # the most that a killed process forgets, where there are several gaps
 FULL = ("What has arrived is kept.", "Make room and run this again; it goes on from there.")
@@ -108,36 +109,37 @@ class PartialFile:
             os.close(self._file)
             self._file = None
 
-    def begin(
-        self,
-        gap: Gap,
-        etag: str | None,
-        size: int | None,
-        promise: FileFacts,
-        piece: int | None = None,
-    ) -> None:
+    def begin(self, gap: Gap, head: Head, piece: int | None = None) -> None:
         """Make ready for the first byte of an answer; on disk, say where the bytes come from.
 
         Args:
-            etag, size, promise: what the server says of the whole file.
-            piece: bytes; what is missing is cut into such pieces, so that others may help.
+            piece: bytes; what is missing of a file of two or more is cut into such pieces, so
+                that others may help, where the server gives parts.
 
         Raises:
-            Stale: the gap is nobody's any more, or more is here than the whole file has.
+            Stale: what comes is another part than that of `gap`, or of another version.
+            NotEnoughRoom: the whole file would not fit.
         """
         with self._lock:
             self._require(gap)
-            if self.size is None and size is not None and size < gap.start:
-                raise Stale(f"{gap.start:,} bytes are here of a file of {size:,}")
+            size = head.size if head.size is not None else head.promise.size or self.facts.size
+            other_etag = head.etag and self.etag and head.etag != self.etag
+            other_size = None not in (head.size, self.size) and head.size != self.size
+            misplaced = head.start != gap.start or (size is not None and size < gap.start)
+            if misplaced or other_etag or other_size or (head.encoded and head.partial):
+                raise Stale("the server sent another part than the one asked for")
+            require_room(self.path.parent, (size or 0) - self.have)
             if self._file is None:
                 if self.have == 0:
                     self.path.unlink(missing_ok=True)
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            self.facts, self.etag = filled_from(self.facts, promise), etag or self.etag
+            if not head.encoded:
+                self.etag = head.etag or self.etag
+            self.facts = filled_from(self.facts, head.promise)
             if self.size is None and size is not None:
                 self.size = size
                 self.gaps.end_at(size)
-            if piece:
+            if piece and head.gives_parts and (self.size or 0) >= 2 * piece:
                 self.gaps.split(piece)
             self.joined |= self.have > 0 or len(self.gaps) > 1
             self._write_sidecar()

@@ -6,9 +6,10 @@ Everything here is a server's word: it is held against what is known, and never 
 from __future__ import annotations
 
 import base64
-import binascii
+import itertools
 import re
 import time
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
 import httpx
@@ -24,6 +25,49 @@ class Again(Exception):
     def __init__(self, reason: str, wait: float | None = None):
         super().__init__(reason)
         self.wait = wait
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the head of an answer says of the file.
+
+    Attributes:
+        start: offset in the file of the first byte that comes; None if that makes no sense.
+        size: of the whole file in bytes; None where it is not said.
+        etag: what names this version of it; None where nothing does.
+        promise: its size and digests by the server, or by the Hub that led to it.
+        partial: whether a part of the file comes.
+        gives_parts: whether the server would send a part on request.
+        encoded: whether what comes are not the file's own bytes, but those compressed, say.
+    """
+
+    start: int | None = 0
+    size: int | None = None
+    etag: str | None = None
+    promise: FileFacts = FileFacts()
+    partial: bool = False
+    gives_parts: bool = False
+    encoded: bool = False
+
+    @classmethod
+    def of(cls, response: httpx.Response) -> Head:
+        """Read the head of `response`."""
+        partial, parts = response.status_code == 206, response.headers.get("Accept-Ranges")
+        return cls(
+            first_byte(response),
+            total_size(response),
+            validator_of(response),
+            promised_facts(response),
+            partial,
+            partial or parts == "bytes",
+            is_encoded(response),
+        )
+
+    def contradiction(self, known: FileFacts) -> str:
+        """Return in what the answer is not what is known, or not one with itself; else nothing."""
+        whole = FileFacts(None if self.partial else self.size)
+        pairs = ((known, self.promise), (known, whole), (self.promise, whole))
+        return next(filter(None, itertools.starmap(contradiction, pairs)), "")
 
 
 def require_bytes(response: httpx.Response, url: str) -> None:
@@ -52,11 +96,6 @@ def require_bytes(response: httpx.Response, url: str) -> None:
 def is_encoded(response: httpx.Response) -> bool:
     """Whether what comes are not the file's own bytes, but those compressed, say."""
     return response.headers.get("Content-Encoding", "identity") != "identity"
-
-
-def gives_parts(response: httpx.Response) -> bool:
-    """Whether the server would answer a request for a part of the file with that part."""
-    return response.status_code == 206 or response.headers.get("Accept-Ranges") == "bytes"
 
 
 def total_size(response: httpx.Response) -> int | None:
@@ -136,6 +175,6 @@ def promised_facts(response: httpx.Response) -> FileFacts:
 def _hexadecimal(text: str, length: int) -> str | None:
     try:
         value = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         return None
     return value.hex() if len(value) == length else None

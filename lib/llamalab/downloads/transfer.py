@@ -19,18 +19,9 @@ from ..errors import DamagedFile, LabError, NotFound
 from ..files import locked, require_room
 from ..progress import bytes_bar, say
 from ..units import size_text
+from . import sources
 from .file_download import FileDownload
-from .sources import (
-    PATH_FORMS,
-    NotHere,
-    address,
-    assign,
-    cached,
-    is_remote,
-    path_of,
-    require_online,
-    shown,
-)
+from .sources import PATH_FORMS, NotHere
 
 CONNECTIONS = 4  # at once for one large file, where the server gives parts of it
 PIECE = 32 << 20  # bytes that a connection takes on
@@ -59,14 +50,14 @@ def download(
     """
     parts = catalog.parts_of(name)
     given = [source] if isinstance(source, str) else source
-    sources = assign(parts, [item for item in given if item])
+    by_part = sources.assign(parts, [item for item in given if item])
     root = models_directory(models_dir)
-    needed = sum(_needed(part, root / part.name) for part in parts if sources[part.name])
+    needed = sum(_needed(part, root / part.name) for part in parts if by_part[part.name])
     if needed > 0:
         free = size_text(require_room(root, needed))
         say(f"{name}: about {size_text(needed)} to download to '{root}', where {free} are free.")
     for part in parts:
-        PartDownload(part, root / part.name, sources[part.name], connections, name).run()
+        PartDownload(part, root / part.name, by_part[part.name], connections, name).run()
     return [root / part.name for part in parts]
 
 
@@ -153,7 +144,7 @@ class PartDownload:
         (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
         forms = {}
         for path_form in (self._path_form, *PATH_FORMS):
-            forms.setdefault(path_of(path_form, self.part.name, name), path_form)
+            forms.setdefault(sources.path_of(path_form, self.part.name, name), path_form)
         for source in self.sources:
             for path, path_form in forms.items():
                 try:
@@ -166,7 +157,7 @@ class PartDownload:
                     self._path_form = path_form
                     return
         raise failure or NotFound(
-            f"'{name}' was not found in {' or '.join(map(shown, self.sources))}.",
+            f"'{name}' was not found in {' or '.join(map(sources.shown, self.sources))}.",
             f"'{next(iter(forms))}' was tried there, and the shorter forms of that path.",
             "Give the address of the directory that holds the file, as --source PART=WHERE.",
         )
@@ -175,19 +166,19 @@ class PartDownload:
         """Bring the file `path` of one source, out of the Hub's cache if it lies there."""
         target, how = self.directory / name, (self._bar, self.connections, PIECE)
         file_from = functools.partial(FileDownload, target, name, facts, *how)
-        if not is_remote(source):
+        if not sources.is_remote(source):
             file = Path(source).expanduser() / path
             if not file.is_file():
                 raise NotHere()
             return file_from(str(file)).copy(COPIED_BELOW)
         if source.startswith("hf:"):
-            if file := cached(source, path):
+            if file := sources.cached(source, path):
                 try:
                     return file_from(str(file)).copy(COPIED_BELOW)
                 except DamagedFile:
                     say(f"'{path}' in the Hub cache is damaged; it is left there and fetched anew.")
-            require_online(source, path)
-        return file_from(*address(source, path)).fetch()
+            sources.require_online(source, path)
+        return file_from(*sources.address(source, path)).fetch()
 
     def _no_source(self) -> NotFound:
         name, files = self.part.name, self.part.files
