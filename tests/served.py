@@ -77,6 +77,23 @@ def accepted(models) -> set[str]:
     return {name for name in files if ".partial" not in name}
 
 
+def ranges(log, path=BIG):
+    """The ranges that were asked for of a file, and the status of each answer."""
+    return [(r.range, r.status) for r in log if r.path == path]
+
+
+class Acts(dict):
+    """Faults that come one after the other, a request each; None is an honest answer."""
+
+    def __init__(self, path, acts):
+        super().__init__()
+        self.path, self.acts = path, list(acts)
+
+    def get(self, name, default):
+        """Return the next act for the file, or an honest answer."""
+        return (self.acts.pop(0) or default) if self.acts and name == self.path else default
+
+
 def loop(tables, tmp_path, monkeypatch):
     """A mirror that serves the part "tiny", and a download from it."""
     monkeypatch.setattr(file_download, "BACK_OFF_SECONDS", 0.001)

@@ -31,7 +31,7 @@ from ..files import require_room
 from ..progress import say
 from .gaps import Gap
 from .partial_file import PartialFile, Stale
-from .response import Again, Head, require_bytes
+from .response import Again, Head
 from .sources import shown
 
 ATTEMPTS = 6  # in a row that bring nothing new, before we give up
@@ -141,7 +141,11 @@ class FileDownload:
                     started = 0
                 useful = min(self.connections, len(partial.gaps)) if partial.size else 1
                 if started < useful:
-                    self._start_worker(started == 0, ended)
+                    # A daemon: one that waits for a silent server keeps nobody from leaving.
+                    work = threading.Thread(
+                        target=self._work, args=(not started, ended), daemon=True
+                    )
+                    work.start()
                     started, working = started + 1, working + 1
                 wait = 0 if partial.follow() else 0.02
                 self._show_progress()
@@ -160,19 +164,14 @@ class FileDownload:
     def _show_progress(self) -> None:
         self.bar.update(self._already_shown + self.partial.have - self.bar.n)
 
-    def _start_worker(self, first: bool, ended: queue.SimpleQueue) -> None:
-        def work() -> None:
-            failure = None
-            try:
-                self._fill_gaps()
-            except BaseException as error:  # it belongs to the thread that waits for us
-                if first or isinstance(error, (NotEnoughRoom, Stale)):
-                    failure = error
-            finally:
-                ended.put(failure)
-
-        # A daemon: one that waits for a silent server keeps nobody from leaving.
-        threading.Thread(target=work, daemon=True).start()
+    def _work(self, first: bool, ended: queue.SimpleQueue) -> None:
+        failure = None
+        try:
+            self._fill_gaps()
+        except BaseException as error:  # it belongs to the thread that waits for us
+            if first or isinstance(error, (NotEnoughRoom, Stale)):
+                failure = error
+        ended.put(failure)
 
     def _fill_gaps(self) -> None:
         """Fill one gap after another, and try again where another attempt may help."""
@@ -205,13 +204,14 @@ class FileDownload:
         """
         partial = self.partial
         with self._client.stream("GET", self.url, headers=self._request_for(gap)) as response:
-            require_bytes(response, self.url)
-            head = Head.of(response)
-            if response.status_code == 416 and head.size == gap.start and partial.size is None:
+            head = Head(response)
+            head.require_bytes(self.url)
+            ends_here = response.status_code == 416 and head.total_size == gap.start
+            if ends_here and partial.size is None:
                 return partial.finish(gap)
-            chunks = response.iter_bytes() if head.encoded else response.iter_raw()
+            chunks = response.iter_bytes() if head.is_encoded else response.iter_raw()
             first = next(chunks, b"")
-            page = diagnose_head(first, self.name) if head.start == 0 else None
+            page = diagnose_head(first, self.name) if head.first_byte == 0 else None
             if cause := page or head.contradiction(partial.facts):
                 raise self._refused(cause)
             partial.begin(gap, head, self.piece if self.connections > 1 else None)

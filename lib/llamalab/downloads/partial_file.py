@@ -122,20 +122,21 @@ class PartialFile:
         """
         with self._lock:
             self._require(gap)
-            size = head.size if head.size is not None else head.promise.size or self.facts.size
-            other_etag = head.etag and self.etag and head.etag != self.etag
-            other_size = None not in (head.size, self.size) and head.size != self.size
-            misplaced = head.start != gap.start or (size is not None and size < gap.start)
-            if misplaced or other_etag or other_size or (head.encoded and head.partial):
+            etag, total, promise = head.validator, head.total_size, head.promise
+            size = total if total is not None else promise.size or self.facts.size
+            other_etag = etag and self.etag and etag != self.etag
+            other_size = None not in (total, self.size) and total != self.size
+            misplaced = head.first_byte != gap.start or (size is not None and size < gap.start)
+            if misplaced or other_etag or other_size or (head.is_encoded and head.is_part):
                 raise Stale("the server sent another part than the one asked for")
             require_room(self.path.parent, (size or 0) - self.have)
             if self._file is None:
                 if self.have == 0:
                     self.path.unlink(missing_ok=True)
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            if not head.encoded:
-                self.etag = head.etag or self.etag
-            self.facts = filled_from(self.facts, head.promise)
+            if etag and not head.is_encoded:
+                self.etag = etag
+            self.facts = filled_from(self.facts, promise)
             if self.size is None and size is not None:
                 self.size = size
                 self.gaps.end_at(size)

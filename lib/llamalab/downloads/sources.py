@@ -104,40 +104,27 @@ def path_of(form: str, part: str, name: str) -> str:
     return form.format(part=part, name=name, bare=name.rpartition("/")[2])
 
 
-def address(where: str, path: str) -> tuple[str, dict[str, str]]:
-    """Return the URL of the file `path` in a source, and the headers that go with it."""
-    if where.startswith("hf:"):
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
-
-        repository, revision = _repository(where)
-        headers = build_hf_headers(library_name="llamalab")
-        return hf_hub_url(repository, path, revision=revision), headers
-    url = urlsplit(where)
-    return url._replace(path=f"{url.path.rstrip('/')}/{quote(path)}", fragment="").geturl(), {}
-
-
-def _repository(where: str) -> tuple[str, str | None]:
-    repository, _, revision = where.removeprefix("hf:").partition("@")
-    return repository, revision or None
-
-
 def cached(where: str, path: str) -> Path | None:
     """Return the file `path` of a Hub repository where the Hub's own cache holds it, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     repository, revision = _repository(where)
-    found = try_to_load_from_cache(repository, path, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+    file = try_to_load_from_cache(repository, path, revision=revision)
+    return Path(file) if isinstance(file, str) else None
 
 
-def require_online(where: str, path: str) -> None:
-    """Stop before the Hub is asked, where HF_HUB_OFFLINE forbids that.
+def address(where: str, path: str) -> tuple[str, dict[str, str]]:
+    """Return the URL of the file `path` in a source, and the headers that go with it.
 
     Raises:
-        NotHere: it does.
+        NotHere: HF_HUB_OFFLINE forbids to ask the Hub.
     """
-    from huggingface_hub import constants
+    if not where.startswith("hf:"):
+        url = urlsplit(where)
+        whole = url._replace(path=f"{url.path.rstrip('/')}/{quote(path)}", fragment="")
+        return whole.geturl(), {}
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
 
     if constants.HF_HUB_OFFLINE:
         raise NotHere(
@@ -147,6 +134,14 @@ def require_online(where: str, path: str) -> None:
                 "Unset HF_HUB_OFFLINE, or give a directory as --source PART=WHERE.",
             )
         )
+    repository, revision = _repository(where)
+    url = hf_hub_url(repository, path, revision=revision)
+    return url, build_hf_headers(library_name="llamalab")
+
+
+def _repository(where: str) -> tuple[str, str | None]:
+    repository, _, revision = where.removeprefix("hf:").partition("@")
+    return repository, revision or None
 
 
 def shown(where: str) -> str:

@@ -177,7 +177,6 @@ class PartDownload:
                     return file_from(str(file)).copy(COPIED_BELOW)
                 except DamagedFile:
                     say(f"'{path}' in the Hub cache is damaged; it is left there and fetched anew.")
-            sources.require_online(source, path)
         return file_from(*sources.address(source, path)).fetch()
 
     def _no_source(self) -> NotFound:
