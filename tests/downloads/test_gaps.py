@@ -1,7 +1,7 @@
 """The arithmetic of what is missing, beside a plain set of byte positions."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llamalab.downloads.gaps import Gap, Gaps
@@ -33,6 +33,7 @@ def test_what_was_written_down_comes_back(missing):
 
 
 @given(positions, st.integers(0, SIZE))
+@example(missing={58, 59}, more=2)
 def test_the_length_says_how_far_the_gap_has_come_in_which_the_file_ends(missing, more):
     length = length_of(missing) + more
     if length > SIZE:
