@@ -34,7 +34,7 @@ def test_a_query_and_a_password_go_along_and_are_not_shown(loop, tmp_path):
 
 
 def test_the_forms_of_a_path():
-    paths = [sources.path_of(form, "tiny", "S/w.{0}.pth") for form in sources.PATH_FORMS]
+    paths = [sources.path_of(path_form, "tiny", "S/w.{0}.pth") for path_form in sources.PATH_FORMS]
     assert paths == ["tiny/S/w.{0}.pth", "S/w.{0}.pth", "w.{0}.pth"]
 
 

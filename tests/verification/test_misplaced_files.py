@@ -133,7 +133,7 @@ def test_as_json_the_moves_are_data(tiny, tmp_path, capsys):
     assert main(["verify", str(folder), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert {"found": "params.json", "place": "7B/params.json"} in report["moves"]
-    assert report["parts"] == ["tiny"] and held["bytes"] > 0 and 0 <= held["read_share"] <= 1
+    assert report["parts"] == ["tiny"] and report["bytes"] > 0 and 0 <= report["read_share"] <= 1
     assert main(["verify", str(folder), "--json", "--fix"]) == 0
     assert json.loads(capsys.readouterr().out)["moves"] == []
 

@@ -142,10 +142,8 @@ class FileDownload:
                 useful = min(self.connections, len(partial.gaps)) if partial.size else 1
                 if started < useful:
                     # A daemon: one that waits for a silent server keeps nobody from leaving.
-                    work = threading.Thread(
-                        target=self._work, args=(not started, ended), daemon=True
-                    )
-                    work.start()
+                    work = functools.partial(self._work, not started, ended)
+                    threading.Thread(target=work, daemon=True).start()
                     started, working = started + 1, working + 1
                 wait = 0 if partial.follow() else 0.02
                 self._show_progress()

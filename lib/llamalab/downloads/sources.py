@@ -99,9 +99,9 @@ def is_remote(where: str) -> bool:
 PATH_FORMS = ("{part}/{name}", "{name}", "{bare}")  # under which a source may hold a file
 
 
-def path_of(form: str, part: str, name: str) -> str:
+def path_of(path_form: str, part: str, name: str) -> str:
     """Return the path in a source of the file `name` of a part, by one of `PATH_FORMS`."""
-    return form.format(part=part, name=name, bare=name.rpartition("/")[2])
+    return path_form.format(part=part, name=name, bare=name.rpartition("/")[2])
 
 
 def cached(where: str, path: str) -> Path | None:

@@ -142,11 +142,11 @@ class PartDownload:
         """Try every source, and in each every form of the path, the one that worked last first."""
         failure: LabError | None = None
         (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
-        forms = {}
+        path_forms = {}
         for path_form in (self._path_form, *PATH_FORMS):
-            forms.setdefault(sources.path_of(path_form, self.part.name, name), path_form)
+            path_forms.setdefault(sources.path_of(path_form, self.part.name, name), path_form)
         for source in self.sources:
-            for path, path_form in forms.items():
+            for path, path_form in path_forms.items():
                 try:
                     self._bring_from(source, path, name, facts)
                 except NotHere as error:
@@ -158,7 +158,7 @@ class PartDownload:
                     return
         raise failure or NotFound(
             f"'{name}' was not found in {' or '.join(map(sources.shown, self.sources))}.",
-            f"'{next(iter(forms))}' was tried there, and the shorter forms of that path.",
+            f"'{next(iter(path_forms))}' was tried there, and the shorter forms of that path.",
             "Give the address of the directory that holds the file, as --source PART=WHERE.",
         )
 
