@@ -13,7 +13,7 @@ import zipfile
 from collections import namedtuple
 
 from llamalab.catalog.catalog import FileFacts, ModelEntry, Part
-from llamalab.downloads import transfer
+from llamalab.downloads import file_download, transfer
 from llamalab_course.file_server import serve_files
 
 
@@ -77,10 +77,27 @@ def accepted(models) -> set[str]:
     return {name for name in files if ".partial" not in name}
 
 
+def ranges(log, path=BIG):
+    """The ranges that were asked for of a file, and the status of each answer."""
+    return [(r.range, r.status) for r in log if r.path == path]
+
+
+class Acts(dict):
+    """Faults that come one after the other, a request each; None is an honest answer."""
+
+    def __init__(self, path, acts):
+        super().__init__()
+        self.path, self.acts = path, list(acts)
+
+    def get(self, name, default):
+        """Return the next act for the file, or an honest answer."""
+        return (self.acts.pop(0) or default) if self.acts and name == self.path else default
+
+
 def loop(tables, tmp_path, monkeypatch):
     """A mirror that serves the part "tiny", and a download from it."""
-    monkeypatch.setattr(transfer, "BACK_OFF_SECONDS", 0.001)
-    monkeypatch.setattr(transfer, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(file_download, "BACK_OFF_SECONDS", 0.001)
+    monkeypatch.setattr(file_download, "STALL_SECONDS", 0.5)
     served, models, log, faults = lay_out(tmp_path / "served" / "tiny"), tmp_path / "models", [], {}
     with serve_files(served.parent, faults, log) as url:
 

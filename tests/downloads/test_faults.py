@@ -11,24 +11,13 @@ import pytest
 import served
 from llamalab.catalog.catalog import FileFacts, Part
 from llamalab.cli import main
-from llamalab.downloads import transfer
+from llamalab.downloads import file_download, transfer
 from llamalab.errors import LabError
+from llamalab.files import locked
 from llamalab_course.file_server import Fault, serve_files
-from served import BIG, SHA256, WEIGHTS, accepted, archive, child, lay_out, whole
+from served import BIG, SHA256, WEIGHTS, Acts, accepted, archive, child, lay_out, whole
 
 tables, loop = pytest.fixture(served.tables), pytest.fixture(served.loop)
-
-
-class Acts(dict):
-    """Faults that come one after the other, a request each; None is an honest answer."""
-
-    def __init__(self, path, acts):
-        super().__init__()
-        self.path, self.acts = path, list(acts)
-
-    def get(self, name, default):
-        """Return the next act for the file, or an honest answer."""
-        return (self.acts.pop(0) or default) if self.acts and name == self.path else default
 
 
 def part(**headers):
@@ -145,8 +134,8 @@ def test_right_bytes_or_one_clear_error(
     tables, tmp_path, monkeypatch, capsys, acts, words, connections
 ):
     assert len(CASES) >= 25
-    monkeypatch.setattr(transfer, "BACK_OFF_SECONDS", 0.001)
-    monkeypatch.setattr(transfer, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(file_download, "BACK_OFF_SECONDS", 0.001)
+    monkeypatch.setattr(file_download, "STALL_SECONDS", 0.3)
     monkeypatch.setattr(transfer, "PIECE", 1 << 15)
     folder, models = lay_out(tmp_path / "served" / "tiny"), tmp_path / "models"
     acts = [Fault(**vars(act)) if act else None for act in acts]  # they count how often they act
@@ -248,10 +237,10 @@ def lost_by_a_kill(folder, models, sha256, size, point, rate, connections):
         process.kill()
         process.communicate(timeout=30)
     with serve_files(folder, log=log) as again:
-        # The same address to the note, which is on another port now.
-        note = models / "tiny" / "w.pth.partial.json"
-        if note.exists():
-            note.write_text(note.read_text().replace(url, again))
+        # The same address to the sidecar, which is on another port now.
+        sidecar = models / "tiny" / "w.pth.partial.json"
+        if sidecar.exists():
+            sidecar.write_text(sidecar.read_text().replace(url, again))
         process = child(sha256, again, *options)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors.decode()
@@ -314,14 +303,18 @@ def test_interrupted_it_says_how_to_go_on(tmp_path):
 def test_two_processes_on_one_file(tmp_path):
     content, sha256 = served_in(tmp_path, 6_000_000)
     log, models = [], tmp_path / "models"
-    with serve_files(tmp_path / "served", log=log, rate=1_000_000) as url:
-        both = [child(sha256, url, models, "w.pth", "--connections", 1) for _ in range(2)]
-        errors = [process.communicate(timeout=60)[1] for process in both]
+    with serve_files(tmp_path / "served", log=log) as url:
+        with locked(models / "tiny"):  # so that the one is surely at work when the other comes
+            both = [child(sha256, url, models, "w.pth", "--connections", 1) for _ in range(2)]
+            for process in both:
+                assert b"Another process is at work" in process.stderr.readline()
+            assert log == []
+        for process in both:
+            process.communicate(timeout=60)
     assert [process.returncode for process in both] == [0, 0]
     assert (models / "tiny" / "w.pth").read_bytes() == content
-    assert b"Another process is at work" in b"".join(errors)
     # The second one found the file in its place: not a byte was sent twice.
-    assert sum(r.sent for r in log) <= len(content) + (1 << 20)
+    assert sum(r.sent for r in log) == len(content)
     assert sorted(p.name for p in (models / "tiny").iterdir()) == ["w.pth"]
 
 
@@ -371,8 +364,8 @@ class Chance(dict):
 
 def soak(tables, folder, monkeypatch, count, seed):
     """Download over and over; return how often the bytes came, and how often an error instead."""
-    monkeypatch.setattr(transfer, "BACK_OFF_SECONDS", 0.0005)
-    monkeypatch.setattr(transfer, "STALL_SECONDS", 0.1)
+    monkeypatch.setattr(file_download, "BACK_OFF_SECONDS", 0.0005)
+    monkeypatch.setattr(file_download, "STALL_SECONDS", 0.1)
     monkeypatch.setattr(transfer, "PIECE", 1 << 15)
     lay_out(folder / "served" / "tiny")
     chance, ends = random.Random(seed), {"bytes": 0, "error": 0}
@@ -409,12 +402,11 @@ def test_a_soak_of_two_hundred_downloads(tables, tmp_path, monkeypatch, capsys):
 
 def test_negative_control_the_soak_can_fail(tables, tmp_path, monkeypatch):
     """With the judgement taken away the same soak accepts wrong bytes, and says so."""
-    honest = transfer.compare_file
+    honest = file_download.compare_file
 
     def blind(path, name, facts, *arguments):
         return honest(path, name, FileFacts())
 
-    monkeypatch.setattr(transfer, "compare_file", blind)
-    monkeypatch.setattr(transfer, "diagnose_bytes", lambda *a: None)
+    monkeypatch.setattr(file_download, "compare_file", blind)
     with pytest.raises(AssertionError, match="download"):
         soak(tables, tmp_path, monkeypatch, 60, 5)

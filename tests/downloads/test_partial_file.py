@@ -7,8 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +19,8 @@ from hypothesis import strategies as st
 from llamalab import files
 from llamalab.catalog.catalog import FileFacts
 from llamalab.downloads import partial_file
-from llamalab.downloads.partial_file import Abandoned, PartialFile
+from llamalab.downloads.partial_file import PartialFile, Stale
+from llamalab.downloads.response import Head
 from llamalab.files import lock_now, locked
 
 CONTENT = bytes(i * 7 % 251 for i in range(1000))
@@ -24,11 +28,16 @@ FACTS = FileFacts(len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest())
 URL = "http://127.0.0.1/file"
 
 
-def begin(folder, facts=FACTS):
-    held = PartialFile(folder / "file", URL, facts)
-    gap = held.take(None)
-    held.begin(gap, '"1"', len(CONTENT), FileFacts())
-    return held, gap
+def head(etag, headers=None, status=200):
+    headers = {"Content-Length": "1000", "Accept-Ranges": "bytes", "ETag": etag} | (headers or {})
+    return Head(httpx.Response(status, headers=headers))
+
+
+def begin(folder, first=None, facts=FACTS, piece=None):
+    partial = PartialFile(folder / "file", URL, facts)
+    gap = partial.take()
+    partial.begin(gap, first or head('"1"'), piece)
+    return partial, gap
 
 
 @settings(deadline=None, max_examples=200)
@@ -37,49 +46,47 @@ def begin(folder, facts=FACTS):
     steps=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 120)), max_size=40),
     noted=st.integers(0, 40),
 )
-def test_after_a_kill_nothing_is_claimed_that_is_not_here(tmp_path_factory, piece, steps, noted):
-    folder = tmp_path_factory.mktemp("kill")
-    held, first = begin(folder)
-    held.share(first, piece)
-    taken = {0: first}
-    for number, (worker, count) in enumerate(steps):
-        gap = taken.get(worker) or held.take(piece)
-        if gap is None:
-            continue
-        taken[worker] = gap
-        if held.write(gap, CONTENT[gap.start : gap.start + count]):
-            del taken[worker]
-        if number == noted:  # the note is as old as that when the process dies
-            held._noted = 0.0
-            held.follow()
-    copy = tmp_path_factory.mktemp("killed")
-    for path in (held.path, held.note):
-        shutil.copy(path, copy / path.name)
-    after = PartialFile(copy / "file", URL, FACTS)
-    missing = {i for gap in after.gaps for i in range(gap.start, gap.stop)}
-    content = after.path.read_bytes()
-    assert all(content[i] == CONTENT[i] for i in range(len(CONTENT)) if i not in missing)
-    assert after.have == len(CONTENT) - len(missing) <= held.have
-    if piece == len(CONTENT):  # one connection loses nothing at all
-        assert after.have == held.have
-    held.stop()  # not killed but stopped: nothing is lost
-    assert PartialFile(folder / "file", URL, FACTS).have == held.have
-    held.close()
-    shutil.rmtree(folder)
+def test_after_a_kill_nothing_is_claimed_that_is_not_here(piece, steps, noted):
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as copy:
+        partial, first = begin(Path(folder), piece=piece)
+        taken = {0: first}
+        for number, (worker, count) in enumerate(steps):
+            gap = taken.get(worker) or partial.take()
+            if gap is None:
+                continue
+            taken[worker] = gap
+            if partial.write(gap, CONTENT[gap.start : gap.start + count]):
+                del taken[worker]
+            if number == noted:  # the sidecar is as old as that when the process dies
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(partial_file, "SIDECAR_SECONDS", -1)
+                    partial.follow()
+        for path in (partial.path, partial.sidecar):
+            shutil.copy(path, copy)
+        after = PartialFile(Path(copy, "file"), URL, FACTS)
+        missing = {i for gap in after.gaps for i in range(gap.start, gap.stop)}
+        content = after.path.read_bytes()
+        assert all(content[i] == CONTENT[i] for i in range(len(CONTENT)) if i not in missing)
+        assert after.have == len(CONTENT) - len(missing) <= partial.have
+        if piece == len(CONTENT):  # one connection loses nothing at all
+            assert after.have == partial.have
+        partial.stop()  # not killed but stopped: nothing is lost
+        assert PartialFile(Path(folder, "file"), URL, FACTS).have == partial.have
+        partial.close()
 
 
 @settings(deadline=None)
 @given(
     st.recursive(st.none() | st.integers(-5, 2000) | st.text(max_size=3), st.lists, max_leaves=9)
 )
-def test_a_note_of_nonsense_is_no_note(tmp_path_factory, missing):
-    folder = tmp_path_factory.mktemp("note")
-    held, gap = begin(folder)
-    held.write(gap, CONTENT[:500])
-    held.stop()
-    note = json.loads(held.note.read_text()) | {"missing": missing}
-    held.note.write_text(json.dumps(note))
-    after = PartialFile(folder / "file", URL, FACTS)
+def test_a_sidecar_of_nonsense_is_none(missing):
+    with tempfile.TemporaryDirectory() as folder:
+        partial, gap = begin(Path(folder))
+        partial.write(gap, CONTENT[:500])
+        partial.stop()
+        saved = json.loads(partial.sidecar.read_text()) | {"missing": missing}
+        partial.sidecar.write_text(json.dumps(saved))
+        after = PartialFile(Path(folder, "file"), URL, FACTS)
     covered = sum(gap.stop - gap.start for gap in after.gaps if gap.stop is not None)
     assert after.have <= 500 and (after.have == 0 or after.have + covered == len(CONTENT))
 
@@ -88,38 +95,58 @@ def test_a_note_of_nonsense_is_no_note(tmp_path_factory, missing):
     "change", [{"url": "other"}, {"size": 400}, {"etag": None, "sha256": None}]
 )
 def test_what_could_be_another_file_is_not_continued(tmp_path, change):
-    held, gap = begin(tmp_path, facts=FileFacts())
-    held.write(gap, CONTENT[:500])
-    held.stop()
-    held.note.write_text(json.dumps(json.loads(held.note.read_text()) | change))
+    partial, gap = begin(tmp_path, facts=FileFacts())
+    partial.write(gap, CONTENT[:500])
+    partial.stop()
+    partial.sidecar.write_text(json.dumps(json.loads(partial.sidecar.read_text()) | change))
     assert PartialFile(tmp_path / "file", URL, FileFacts()).have == 0
 
 
 def test_the_digests_follow_the_part_without_a_gap(tmp_path, monkeypatch):
     monkeypatch.setattr(partial_file, "BLOCK", 100)
-    held, first = begin(tmp_path)
-    held.share(first, 300)
-    second = held.take(None)
-    held.write(second, CONTENT[300:])
-    assert not held.follow()  # the front is still missing
-    held.write(first, CONTENT)  # more than the gap: the rest is another's
-    while held.follow():
+    partial, first = begin(tmp_path, piece=500)
+    second = partial.take()
+    partial.write(second, CONTENT[500:])
+    assert not partial.follow()  # the front is still missing
+    partial.write(first, CONTENT)  # more than the gap: the rest is another's
+    while partial.follow():
         pass
-    assert held.digests() == {"sha256": FACTS.sha256}
-    assert held.path.read_bytes() == CONTENT and held.joined
-    held.close()
+    assert partial.digests() == {"sha256": FACTS.sha256}
+    assert partial.path.read_bytes() == CONTENT and partial.joined
+    partial.close()
+
+
+OTHERS = {
+    "another version": ({"ETag": '"2"'}, 200),
+    "another size": ({"Content-Length": "999"}, 200),
+    "another part": ({"Content-Range": "bytes 10-999/1000"}, 206),
+    "compressed": ({"Content-Range": "bytes 0-999/1000", "Content-Encoding": "gzip"}, 206),
+    "less than is here": ({"ETag": "", "Content-Range": "bytes 0-9/*", "X-Linked-Size": "9"}, 206),
+}
+
+
+@pytest.mark.parametrize("headers, status", OTHERS.values(), ids=OTHERS.keys())
+def test_what_does_not_go_with_what_is_here_is_not_begun(tmp_path, headers, status):
+    partial, gap = begin(tmp_path, head('"1"'))
+    if "X-Linked-Size" in headers:  # nothing was said of the size, and ten bytes came
+        partial, gap = begin(tmp_path, head("", {"Content-Length": ""}), FileFacts())
+        partial.write(gap, CONTENT[:10])
+        headers = headers | {"Content-Range": "bytes 10-19/*"}
+    with pytest.raises(Stale):
+        partial.begin(gap, head('"1"', headers, status))
+    partial.close()
 
 
 def test_whoever_comes_late_writes_nothing(tmp_path):
-    held, gap = begin(tmp_path)
-    held.write(gap, CONTENT[:10])
-    held.restart()
-    fresh = held.take(None)
-    held.begin(fresh, '"2"', len(CONTENT), FileFacts())
-    with pytest.raises(Abandoned):
-        held.write(gap, b"old version")
-    assert held.path.read_bytes() == b""
-    held.close()
+    partial, gap = begin(tmp_path)
+    partial.write(gap, CONTENT[:10])
+    partial.restart()
+    fresh = partial.take()
+    partial.begin(fresh, head('"2"'))
+    with pytest.raises(Stale):
+        partial.write(gap, b"old version")
+    assert partial.path.read_bytes() == b""
+    partial.close()
 
 
 def test_a_lock_keeps_another_process_out_until_it_is_given_back(tmp_path):

@@ -11,30 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamalab.catalog.catalog import FileFacts
-from llamalab.downloads.response import (
-    first_byte,
-    promised_facts,
-    retry_after,
-    total_size,
-    validator_of,
-)
+from llamalab.downloads.response import Head
 
 numbers = st.integers(0, 10**17)
 texts = st.text(st.characters(min_codepoint=1, max_codepoint=255), max_size=60)
 
 
-def answer(status=206, /, **headers):
+def head(status=206, /, **headers):
     given = {name.replace("_", "-"): text for name, text in headers.items()}
-    return httpx.Response(status, headers={k: v.encode("latin-1") for k, v in given.items()})
+    return Head(httpx.Response(status, headers={k: v.encode("latin-1") for k, v in given.items()}))
 
 
 @given(numbers, numbers, numbers)
 def test_a_range_that_makes_sense_is_read(start, length, behind):
     stop, total = start + length, start + length + 1 + behind
-    response = answer(Content_Range=f"bytes {start}-{stop}/{total}")
-    assert (first_byte(response), total_size(response)) == (start, total)
-    assert first_byte(answer(Content_Range=f"bytes {start}-{stop}/*")) == start
-    assert total_size(answer(416, Content_Range=f"bytes */{total}")) == total
+    answer = head(Content_Range=f"bytes {start}-{stop}/{total}")
+    assert (answer.first_byte, answer.total_size) == (start, total)
+    assert head(Content_Range=f"bytes {start}-{stop}/*").first_byte == start
+    assert head(416, Content_Range=f"bytes */{total}").total_size == total
 
 
 @pytest.mark.parametrize(
@@ -43,32 +37,32 @@ def test_a_range_that_makes_sense_is_read(start, length, behind):
     + ["bytes 0-1/9 ", "bytes 0-1/9, 3-4/9", f"bytes 0-{'9' * 5000}/*", "bytes ²-³/9"],
 )
 def test_a_range_that_makes_none(text):
-    assert first_byte(answer(Content_Range=text)) is None
+    assert head(Content_Range=text).first_byte is None
 
 
 @given(st.sampled_from(["Content-Range", "Content-Length", "Retry-After", "ETag", "Digest"]), texts)
 def test_any_text_is_read_or_passed_over(name, text):
     for status in (200, 206, 416, 503):
-        response = answer(status, **{name: text})
-        for value in (first_byte(response), total_size(response)):
+        answer = head(status, **{name: text})
+        for value in (answer.first_byte, answer.total_size):
             assert value is None or value >= 0
-        wait, etag = retry_after(response), validator_of(response)
+        wait, etag = answer.retry_after, answer.validator
         assert wait is None or 0 <= wait < float("inf")
         assert etag is None or etag.encode("ascii")  # it goes back to the server in a header
-        assert promised_facts(response).sha256 is None or name == "Digest"
+        assert answer.promise.sha256 is None or name == "Digest"
 
 
 @given(st.integers(0, 10**6))
 def test_retry_after_is_a_number_or_a_date(seconds):
-    assert retry_after(answer(503, Retry_After=str(seconds))) == seconds
+    assert head(503, Retry_After=str(seconds)).retry_after == seconds
     date = formatdate(time.time() + seconds, usegmt=True)
-    assert abs(retry_after(answer(503, Retry_After=date)) - seconds) < 5
+    assert abs(head(503, Retry_After=date).retry_after - seconds) < 5
 
 
 def test_a_weak_etag_names_no_version():
-    assert validator_of(answer(ETag='"1"', Last_Modified="today")) == '"1"'
-    assert validator_of(answer(ETag='W/"1"', Last_Modified="today")) == "today"
-    assert validator_of(answer(ETag='W/"1"')) is None
+    assert head(ETag='"1"', Last_Modified="today").validator == '"1"'
+    assert head(ETag='W/"1"', Last_Modified="today").validator == "today"
+    assert head(ETag='W/"1"').validator is None
 
 
 @given(st.binary(max_size=100))
@@ -81,7 +75,7 @@ def test_promised_digests_are_what_hashlib_says(content):
         {"Digest": f"SHA-256={b64['sha256']},MD5={b64['md5']}"},
         {"Content_MD5": b64["md5"], "X_Linked_ETag": f'"{sha256.hexdigest()}"'},
     ):
-        assert promised_facts(answer(200, **heads)) == both
-    assert promised_facts(answer(206, Content_MD5=b64["md5"])).md5 is None  # of the part
-    linked = answer(200, X_Linked_Size="7", X_Linked_ETag='"d41d8cd98f00b204e9800998ecf8427e"')
-    assert promised_facts(linked) == FileFacts(7)  # a git hash or the like is no sha256
+        assert head(200, **heads).promise == both
+    assert head(206, Content_MD5=b64["md5"]).promise.md5 is None  # of the part
+    linked = head(200, X_Linked_Size="7", X_Linked_ETag='"d41d8cd98f00b204e9800998ecf8427e"')
+    assert linked.promise == FileFacts(7)  # a git hash or the like is no sha256

@@ -131,9 +131,9 @@ def test_nothing_is_overwritten(tmp_path):
 def test_as_json_the_moves_are_data(tiny, tmp_path, capsys):
     folder = served.lay_out(tmp_path / "mine", flat(RIGHT))
     assert main(["verify", str(folder), "--json"]) == 1
-    held = json.loads(capsys.readouterr().out)
-    assert {"found": "params.json", "place": "7B/params.json"} in held["moves"]
-    assert held["parts"] == ["tiny"] and held["bytes"] > 0 and 0 <= held["read_share"] <= 1
+    report = json.loads(capsys.readouterr().out)
+    assert {"found": "params.json", "place": "7B/params.json"} in report["moves"]
+    assert report["parts"] == ["tiny"] and report["bytes"] > 0 and 0 <= report["read_share"] <= 1
     assert main(["verify", str(folder), "--json", "--fix"]) == 0
     assert json.loads(capsys.readouterr().out)["moves"] == []
 

@@ -89,6 +89,7 @@ def test_wrong_missing_and_unknown(part):
     (part / "S" / "consolidated.00.pth").write_bytes(b"<html>sign in</html>")
     (part / "S" / "params.json").unlink()
     (part / "S" / "params.json.partial").write_bytes(PARAMS[:4])
+    (part / "S" / "params.json.partial.json").write_text("{}")  # its sidecar
     (part / "notes.txt").write_text("mine")
     result = verification.verify(part)
     assert statuses(result) == {

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from ..catalog import FileFacts
 from ..errors import DamagedFile
+from ..files import partial_of
 from ..reports import Row
 
 BLOCK = 1 << 20  # bytes a read: large enough that hashlib works outside the interpreter lock
@@ -142,7 +143,7 @@ def diagnose_bytes(path: str | os.PathLike, facts: FileFacts | None = None) -> s
         return "The file is empty."
     with open(path, "rb") as file:
         head = file.read(HEAD)
-    name = path.name.removesuffix(".partial")
+    name = path.stem if path == partial_of(path.with_suffix("")) else path.name
     if cause := diagnose_head(head, name):
         return cause
     if wanted is not None and size < wanted:
@@ -209,7 +210,7 @@ def compare_file(
 
 def bytes_arrived(path: Path) -> int:
     """Return the bytes on the disk of the unfinished download of `path`; it may have holes."""
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     status = partial.stat() if partial.is_file() else None
     return min(status.st_size, status.st_blocks * 512) if status else 0
 

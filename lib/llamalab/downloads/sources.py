@@ -14,7 +14,7 @@ from ..errors import DownloadFailed, LabError, NotFound, UsageError
 
 
 class NotHere(Exception):
-    """There is no such file; another form of its path may be tried. `failure` says more."""
+    """There is no such file; another form of its path may be tried. `failure` says more, if any."""
 
     def __init__(self, failure: LabError | None = None):
         super().__init__()
@@ -27,12 +27,12 @@ def assign(parts: tuple[Part, ...], sources: Iterable[str]) -> dict[str, list[st
     Raises:
         UsageError, NotFound: a source that is none, or that is for no part.
     """
-    wheres: dict[str, list[str]] = {part.name: [] for part in parts}
+    by_part: dict[str, list[str]] = {part.name: [] for part in parts}
     for source in sources:
         head, equals, tail = source.partition("=")
         named = bool(equals) and re.fullmatch(r"[\w.-]+", head) is not None
-        if named and head not in wheres:
-            known = ", ".join(wheres)
+        if named and head not in by_part:
+            known = ", ".join(by_part)
             raise UsageError(f"'{head}' is not a part of it.", f"The parts are {known}.")
         where = tail if named else source
         _require_readable(where)
@@ -44,11 +44,11 @@ def assign(parts: tuple[Part, ...], sources: Iterable[str]) -> dict[str, list[st
                 f"Write it as {parts[0].name}=WHERE to replace that of {parts[0].name}.",
             )
         for taker in takers:
-            wheres[taker].append(where)
+            by_part[taker].append(where)
     for part in parts:
-        if part.source and not wheres[part.name]:
-            wheres[part.name].append(_lab_family() if part.source == "lab" else part.source)
-    return wheres
+        if part.source and not by_part[part.name]:
+            by_part[part.name].append(_lab_family() if part.source == "lab" else part.source)
+    return by_part
 
 
 def _lab_family() -> str:
@@ -92,52 +92,56 @@ def _require_readable(where: str) -> None:
 
 
 def is_remote(where: str) -> bool:
+    """Whether a source is an address or a Hub repository, and no directory."""
     return where.startswith(("http://", "https://", "hf:"))
 
 
-def address(where: str, place: str) -> tuple[str, dict[str, str]]:
-    """Return the URL of the file `place` in a source, and the headers that go with it."""
-    if where.startswith("hf:"):
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
+PATH_FORMS = ("{part}/{name}", "{name}", "{bare}")  # under which a source may hold a file
 
-        repository, revision = _repository(where)
-        headers = build_hf_headers(library_name="llamalab")
-        return hf_hub_url(repository, place, revision=revision), headers
-    parts = urlsplit(where)
-    return parts._replace(path=f"{parts.path.rstrip('/')}/{quote(place)}", fragment="").geturl(), {}
+
+def path_of(path_form: str, part: str, name: str) -> str:
+    """Return the path in a source of the file `name` of a part, by one of `PATH_FORMS`."""
+    return path_form.format(part=part, name=name, bare=name.rpartition("/")[2])
+
+
+def cached(where: str, path: str) -> Path | None:
+    """Return the file `path` of a Hub repository where the Hub's own cache holds it, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, revision = _repository(where)
+    file = try_to_load_from_cache(repository, path, revision=revision)
+    return Path(file) if isinstance(file, str) else None
+
+
+def address(where: str, path: str) -> tuple[str, dict[str, str]]:
+    """Return the URL of the file `path` in a source, and the headers that go with it.
+
+    Raises:
+        NotHere: HF_HUB_OFFLINE forbids to ask the Hub.
+    """
+    if not where.startswith("hf:"):
+        url = urlsplit(where)
+        whole = url._replace(path=f"{url.path.rstrip('/')}/{quote(path)}", fragment="")
+        return whole.geturl(), {}
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    if constants.HF_HUB_OFFLINE:
+        raise NotHere(
+            DownloadFailed(
+                f"'{path}' of {where} is not in the Hub cache, or not whole.",
+                "HF_HUB_OFFLINE is set, so the Hub was not asked.",
+                "Unset HF_HUB_OFFLINE, or give a directory as --source PART=WHERE.",
+            )
+        )
+    repository, revision = _repository(where)
+    url = hf_hub_url(repository, path, revision=revision)
+    return url, build_hf_headers(library_name="llamalab")
 
 
 def _repository(where: str) -> tuple[str, str | None]:
     repository, _, revision = where.removeprefix("hf:").partition("@")
     return repository, revision or None
-
-
-def cached(where: str, place: str) -> Path | None:
-    """Return the file `place` of a Hub repository where the Hub's own cache holds it, or None."""
-    from huggingface_hub import try_to_load_from_cache
-
-    repository, revision = _repository(where)
-    found = try_to_load_from_cache(repository, place, revision=revision)
-    return Path(found) if isinstance(found, str) else None
-
-
-def require_online(where: str, place: str) -> None:
-    """Stop before the Hub is asked, where HF_HUB_OFFLINE forbids that.
-
-    Raises:
-        NotHere: it does.
-    """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        raise NotHere(
-            DownloadFailed(
-                f"'{place}' of {where} is not in the Hub cache, or not whole.",
-                "HF_HUB_OFFLINE is set, so the Hub was not asked.",
-                "Unset HF_HUB_OFFLINE, or give a directory as --source PART=WHERE.",
-            )
-        )
 
 
 def shown(where: str) -> str:

@@ -8,6 +8,7 @@ import os
 import shlex
 import threading
 import time
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..checkpoints import (
     RECORD,
     SAFETENSORS_NAMES,
     Checkpoint,
+    TensorSpec,
     checklist_facts,
     compare_file,
     digest_tensors,
@@ -27,16 +29,18 @@ from ..checkpoints import (
     open_checkpoint,
     raw_bytes,
     read_json,
-    recognition,
+    recognise_bases,
     tensor_digest,
 )
 from ..errors import LabError, NotFound
+from ..files import partial_of
 from ..progress import bytes_bar
 from ..reports import Report, Row
 from ..units import size_text
 from . import misplaced_files
 from .misplaced_files import Move
 
+TENSORS = "(tensors)"  # the row that speaks of all of them
 FIRST = 10  # tensors that differ which are named; the rest are counted
 
 
@@ -63,18 +67,10 @@ class Verification(Report):
     @property
     def ok(self) -> bool:
         """Whether something could be compared and nothing is wrong or missing."""
-        statuses = {row.status for row in self.rows}
-        return "OK" in statuses and not statuses & {"WRONG", "MISSING"}
+        return super().ok and any(row.status == "OK" for row in self.rows)
 
     def as_dict(self) -> dict:
-        return super().as_dict() | {
-            "path": str(self.path),
-            "parts": self.parts,
-            "moves": [asdict(move) for move in self.moves],
-            "bytes": self.bytes,
-            "seconds": self.seconds,
-            "read_share": self.read_share,
-        }
+        return super().as_dict() | asdict(self) | {"path": str(self.path)}
 
     def remarks(self) -> list[str]:
         lines = []
@@ -112,96 +108,38 @@ def verify(
         NotFound: there is no such directory, no such part, or no file in the directory.
     """
     directory = locate(path, models_dir).resolve()
-    catalogue, parts = catalog.parts(), []
-    if as_name and as_name not in catalogue:
-        raise catalog.unknown(as_name, catalogue, "part")
-    here, rows, known, moves = _files(directory), [], {}, []
+    if as_name and as_name not in catalog.parts():
+        raise catalog.unknown(as_name, catalog.parts(), "part")
     if against is not None:
-        other = locate(against, models_dir).resolve()
-        rows, known, covered = _verify_against(directory, other)
-        here = {name: size for name, size in here.items() if name not in covered}
-    elif (directory / RECORD).exists():
-        rows, known, covered = _verify_made(directory)
-        here = {name: size for name, size in here.items() if name not in covered}
+        return _verify_against(directory, locate(against, models_dir).resolve())
+    if (directory / RECORD).exists():
+        return _verify_made(directory)
+    return _verify_published(directory, as_name, fix)
+
+
+def _verify_against(directory: Path, other: Path) -> Verification:
+    """Compare with another directory: tensors one by one if both have them, else file by file."""
+    rows, covered = [], {RECORD}  # how they were made may differ
+    try:
+        ours, theirs = open_checkpoint(directory), open_checkpoint(other)
+    except LabError:
+        pass  # an adapter, or files that are no model: bytes are compared
     else:
-        part = catalogue.get(as_name or directory.name)
-        parts = [part] if part else recognition.recognise_bases(directory, here)
-        inside = [part for part in catalogue.values() if (directory / part.name).is_dir()]
-        known, rows = checklist_facts(directory)
-        for part in parts:
-            if part.folder == directory.name and "params.json" in here:  # the size folder itself
-                directory = directory.parent
-                here = {f"{part.folder}/{name}": size for name, size in here.items()}
-                known = {f"{part.folder}/{name}": facts for name, facts in known.items()}
-                rows = [replace(row, name=f"{part.folder}/{row.name}") for row in rows]
-                beside = [directory / name for name in part.files if "/" not in name]
-                here |= {file.name: file.stat().st_size for file in beside if file.is_file()}
-        published = {n: f for part in parts if part not in inside for n, f in part.files.items()}
-        moves = misplaced_files.arrange(directory, published, here)
-        if fix and moves:
-            misplaced_files.apply(directory, moves)
-            return verify(directory, as_name, models_dir)
-        published |= {f"{part.name}/{n}": f for part in inside for n, f in part.files.items()}
-        parts += [part for part in inside if part not in parts]
-        for name, facts in published.items():
-            known[name] = replace(facts, md5=facts.md5 or known.get(name, FileFacts()).md5)
-        known |= {move.found: known[move.place] for move in moves}
-    names = sorted((here.keys() | known.keys()) - {row.name for row in rows})
-    if not names and not rows:
-        raise NotFound(f"There is no file in '{directory}'.", "", "Give the directory of a model.")
-    judged, spent = _judge_all(directory, names, known, sum(here.values()))
-    if any(row.name == "(tensors)" for row in rows):
-        spent = ()  # the larger part was read elsewhere
-    found = {move.place: f"It lies at '{move.found}'; --fix moves it." for move in moves}
-    rows += [replace(row, cause=found.get(row.name, row.cause)) for row in judged]
-    names = tuple(part.name for part in parts)
-    rows = tuple(sorted(rows, key=lambda row: row.name))
-    return Verification(directory, rows, names, tuple(moves), *spent)
-
-
-def _judge_all(directory: Path, names: list[str], known: dict[str, FileFacts], total: int):
-    """Judge files in parallel; return the rows, and (bytes, seconds, share spent on reading)."""
-    lock, read, busy, start = threading.Lock(), [0, 0.0], [0.0], time.perf_counter()
-    with bytes_bar(total, directory.name) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-
-        def advance(count: int) -> None:
-            with lock:
-                bar.update(count)
-                read[0] += count
-
-        def add_read(seconds: float) -> None:
-            with lock:
-                read[1] += seconds
-
-        def row_of(name: str) -> Row:
-            began = time.perf_counter()
-            facts = known.get(name, FileFacts())
-            row = compare_file(directory / name, name, facts, advance, on_read=add_read)
-            with lock:
-                busy[0] += time.perf_counter() - began
-            return row
-
-        rows = list(pool.map(row_of, names))
-    seconds = time.perf_counter() - start
-    return rows, (read[0], seconds if read[0] else 0.0, read[1] / busy[0] if busy[0] else 0.0)
-
-
-def _files(directory: Path) -> dict[str, int]:
-    """Return {path inside `directory`: bytes}, without downloads that are still under way."""
-    files = (file for file in sorted(directory.rglob("*")) if file.is_file())
-    unfinished = (".partial", ".partial.json")
-    return {
-        file.relative_to(directory).as_posix(): file.stat().st_size
-        for file in files
-        if not file.name.endswith(unfinished)
+        rows = _compare_tensors(ours, theirs)
+        for root, checkpoint in ((directory, ours), (other, theirs)):
+            inside = [file for file in checkpoint.inputs if file.is_relative_to(root)]
+            covered |= {file.relative_to(root).as_posix() for file in inside if _is_weights(file)}
+    known = {
+        name: FileFacts(size, sha256=hash_file(other / name)["sha256"])
+        for name, size in _files(other, covered).items()
     }
+    return _report(directory, _files(directory, covered), known, rows)
 
 
-def _verify_made(directory: Path) -> tuple[list[Row], dict[str, FileFacts], set[str]]:
+def _verify_made(directory: Path) -> Verification:
     """Check a directory that llamalab made, by its record: tensors by their digests.
 
-    Returns a row for all tensors together, what is recorded of the other files, and the names
-    of the files that the row covers. A container's bytes may differ where its tensors do not.
+    All tensors together have one row; a container's bytes may differ where its tensors do not.
     """
     record = read_json(directory / RECORD)
     small = record.get("settings", {}).get("files", {})
@@ -213,50 +151,105 @@ def _verify_made(directory: Path) -> tuple[list[Row], dict[str, FileFacts], set[
         with bytes_bar(made.total_bytes, "tensors") as bar:
             sums = digest_tensors(made, bar.update)
     except LabError as error:
-        return (
-            [Row("WRONG", "(tensors)", "", expected, error.why or error.what)],
-            known,
-            covered,
-        )
-    found = "tensors " + tensor_digest({n: (made.tensors[n], sha) for n, sha in sums.items()})
-    then = record.get("tensors", {})
-    changed = [name for name in sorted(sums | then) if sums.get(name) != then.get(name)]
-    cause = f"{len(changed)} of {len(sums)} tensors differ, {changed[0]} first." if changed else ""
-    status = "OK" if found == expected else "WRONG"
-    return [Row(status, "(tensors)", found, expected, cause)], known, covered
-
-
-def _verify_against(
-    directory: Path, other: Path
-) -> tuple[list[Row], dict[str, FileFacts], set[str]]:
-    """Compare with another directory: tensors one by one if both have them, else file by file.
-
-    Returns rows for the tensors, what is known of the other files, and the names of the files
-    here that the rows cover.
-    """
-    rows, covered = [], {RECORD}  # how they were made may differ
-    try:
-        ours, theirs = open_checkpoint(directory), open_checkpoint(other)
-    except LabError:
-        pass  # an adapter, or files that are no model: bytes are compared
+        row = Row("WRONG", TENSORS, "", expected, error.why or error.what)
     else:
-        rows = _compare_tensors(ours, theirs)
-        for checkpoint in (ours, theirs):
-            covered |= {
-                file.relative_to(root).as_posix()
-                for file in checkpoint.inputs
-                for root in (directory, other)
-                if file.is_relative_to(root) and _holds_tensors(file)
-            }
-    known = {
-        name: FileFacts(size, sha256=hash_file(other / name)["sha256"])
-        for name, size in _files(other).items()
-        if name not in covered
+        found = "tensors " + tensor_digest({n: (made.tensors[n], sha) for n, sha in sums.items()})
+        recorded = record.get("tensors", {})
+        changed = [n for n in sorted(sums | recorded) if sums.get(n) != recorded.get(n)]
+        cause = ""
+        if changed:
+            cause = f"{len(changed)} of {len(sums)} tensors differ, {changed[0]} first."
+        row = Row("OK" if found == expected else "WRONG", TENSORS, found, expected, cause)
+    return _report(directory, _files(directory, covered), known, [row])
+
+
+def _verify_published(directory: Path, as_name: str | None, fix: bool) -> Verification:
+    """Compare with what the catalogue and the directory's own checklists say of its files."""
+    catalogue, files = catalog.parts(), _files(directory)
+    part = catalogue.get(as_name or directory.name)
+    parts = [part] if part else recognise_bases(directory, files)
+    inside = [part for part in catalogue.values() if (directory / part.name).is_dir()]
+    known, rows = checklist_facts(directory)
+    of_size = [part for part in parts if part.folder == directory.name and "params.json" in files]
+    if of_size:  # the size folder itself: the part is the directory above, with what else is its
+        prefix, directory = f"{directory.name}/", directory.parent
+        files = {prefix + name: size for name, size in files.items()}
+        known = {prefix + name: facts for name, facts in known.items()}
+        rows = [replace(row, name=prefix + row.name) for row in rows]
+        beside = [directory / name for name in of_size[0].files if "/" not in name]
+        files |= {file.name: file.stat().st_size for file in beside if file.is_file()}
+    published = {n: f for part in parts if part not in inside for n, f in part.files.items()}
+    moves = misplaced_files.arrange(directory, published, files)
+    if fix and moves:
+        misplaced_files.apply(directory, moves)
+        return verify(directory, as_name)
+    published |= {f"{part.name}/{n}": f for part in inside for n, f in part.files.items()}
+    for name, facts in published.items():
+        known[name] = replace(facts, md5=facts.md5 or known.get(name, FileFacts()).md5)
+    known |= {move.found: known[move.place] for move in moves}
+    report = _report(directory, files, known, rows)
+    lies_at = {move.place: f"It lies at '{move.found}'; --fix moves it." for move in moves}
+    rows = tuple(replace(row, cause=lies_at.get(row.name, row.cause)) for row in report.rows)
+    names = dict.fromkeys(part.name for part in [*parts, *inside])
+    return replace(report, rows=rows, parts=tuple(names), moves=tuple(moves))
+
+
+def _report(
+    directory: Path, files: dict[str, int], known: dict[str, FileFacts], rows: list[Row]
+) -> Verification:
+    """Compare one by one the files that are there or known, but for those that `rows` speak of."""
+    names = sorted((files.keys() | known.keys()) - {row.name for row in rows})
+    if not names and not rows:
+        raise NotFound(f"There is no file in '{directory}'.", "", "Give the directory of a model.")
+    compared, spent = _compare_files(directory, names, known, sum(files.values()))
+    if any(row.name == TENSORS for row in rows):
+        spent = ()  # the larger part was read elsewhere
+    rows = sorted([*rows, *compared], key=lambda row: row.name)
+    return Verification(directory, tuple(rows), (), (), *spent)
+
+
+def _compare_files(
+    directory: Path, names: list[str], known: dict[str, FileFacts], total: int
+) -> tuple[list[Row], tuple[int, float, float]]:
+    """Compare files in parallel; return the rows, and (bytes, seconds, share spent on reading)."""
+    lock, start, bar = threading.Lock(), time.perf_counter(), bytes_bar(total, directory.name)
+
+    def compare(name: str) -> tuple[Row, int, float, float]:
+        counts, reads, began = [], [], time.perf_counter()
+
+        def advance(count: int) -> None:
+            counts.append(count)
+            with lock:
+                bar.update(count)
+
+        facts = known.get(name, FileFacts())
+        row = compare_file(directory / name, name, facts, advance, on_read=reads.append)
+        return row, sum(counts), sum(reads), time.perf_counter() - began
+
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        compared = list(pool.map(compare, names))
+    count, reading, busy = (sum(each[i] for each in compared) for i in (1, 2, 3))
+    seconds = time.perf_counter() - start if count else 0.0
+    return [row for row, *_ in compared], (count, seconds, reading / busy if busy else 0.0)
+
+
+def _files(directory: Path, but: Container[str] = ()) -> dict[str, int]:
+    """Return {path inside `directory`: bytes}, without downloads that are still under way."""
+    files = {
+        file.relative_to(directory).as_posix(): file.stat().st_size
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and not _is_unfinished(file)
     }
-    return rows, known, covered
+    return {name: size for name, size in files.items() if name not in but}
 
 
-def _holds_tensors(file: Path) -> bool:
+def _is_unfinished(file: Path) -> bool:
+    """Whether a file is a download under way, or the sidecar of one."""
+    partial = file.with_suffix("") if file.suffix == ".json" else file
+    return partial == partial_of(partial.with_suffix(""))
+
+
+def _is_weights(file: Path) -> bool:
     return file.name.endswith((".safetensors", ".bin", ".pth", ".index.json"))
 
 
@@ -266,39 +259,44 @@ def _compare_tensors(ours: Checkpoint, theirs: Checkpoint) -> list[Row]:
     Read block by block, so memory does not grow with the model.
     """
     differ, sums = [], {}
+    names = dict.fromkeys([*ours.tensors, *theirs.tensors])
     with bytes_bar(ours.total_bytes, "tensors") as bar:
-        for name in dict.fromkeys([*ours.tensors, *theirs.tensors]):
-            mine, other = (checkpoint.tensors.get(name) for checkpoint in (ours, theirs))
-            found, expected = (
-                f"{SAFETENSORS_NAMES[spec.dtype]} {'x'.join(map(str, spec.shape))}"
-                if spec
-                else "absent"
-                for spec in (mine, other)
-            )
-            if not mine or not other or mine.shape != other.shape:
-                differ.append(Row("WRONG", name, found, expected))
-                continue
-            sha256, count, most = hashlib.sha256(), 0, 0.0
-            for start, stop in mine.blocks():
-                block = ours.read(name, start, stop)
-                changed, gap = _difference(block, theirs.read(name, start, stop))
-                sha256.update(raw_bytes(block))
-                count, most = count + changed, max(most, gap)
-                bar.update(block.nbytes)
-            sums[name] = (mine, sha256.hexdigest())
-            if count or mine.dtype != other.dtype:
-                cause = (
-                    f"{count:,} of {math.prod(mine.shape):,} values differ, by {most:.3g} at most."
-                )
-                differ.append(Row("WRONG", name, found, expected, cause))
-    if differ:
-        total = len(ours.tensors.keys() | theirs.tensors.keys())
-        cause = f"{len(differ):,} of {total:,} tensors differ, {differ[0].name} first."
-        if ours.layout != theirs.layout:
-            cause = "One is in Meta layout and one in HF layout: convert the one, then compare."
-            differ = []
-        return [Row("WRONG", "(tensors)", cause=cause), *differ[:FIRST]]
-    return [Row("OK", "(tensors)", *[f"tensors {tensor_digest(sums)}"] * 2)]
+        for name in names:
+            mine, other = ours.tensors.get(name), theirs.tensors.get(name)
+            cause = ""
+            if mine and other and mine.shape == other.shape:
+                cause, sha256 = _compare_tensor(ours, theirs, name, bar.update)
+                sums[name] = (mine, sha256)
+            if cause or mine != other:
+                differ.append(Row("WRONG", name, _described(mine), _described(other), cause))
+    if not differ:
+        return [Row("OK", TENSORS, *[f"tensors {tensor_digest(sums)}"] * 2)]
+    if ours.layout != theirs.layout:
+        cause = "One is in Meta layout and one in HF layout: convert the one, then compare."
+        return [Row("WRONG", TENSORS, cause=cause)]
+    cause = f"{len(differ):,} of {len(names):,} tensors differ, {differ[0].name} first."
+    return [Row("WRONG", TENSORS, cause=cause), *differ[:FIRST]]
+
+
+def _described(tensor: TensorSpec | None) -> str:
+    if tensor is None:
+        return "absent"
+    return f"{SAFETENSORS_NAMES[tensor.dtype]} {'x'.join(map(str, tensor.shape))}"
+
+
+def _compare_tensor(
+    ours: Checkpoint, theirs: Checkpoint, name: str, on_bytes: Callable[[int], object]
+) -> tuple[str, str]:
+    """Return how a tensor that both have in one shape differs, or "", and the sha256 of ours."""
+    spec, sha256, count, most = ours.tensors[name], hashlib.sha256(), 0, 0.0
+    for start, stop in spec.blocks():
+        block = ours.read(name, start, stop)
+        changed, distance = _difference(block, theirs.read(name, start, stop))
+        sha256.update(raw_bytes(block))
+        count, most = count + changed, max(most, distance)
+        on_bytes(block.nbytes)
+    cause = f"{count:,} of {math.prod(spec.shape):,} values differ, by {most:.3g} at most."
+    return cause if count or spec != theirs.tensors[name] else "", sha256.hexdigest()
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[int, float]:
@@ -308,7 +306,7 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[int, float]:
         changed = ours.contiguous().view(kind) != theirs.contiguous().view(kind)
     else:
         changed = ours.float() != theirs.float()
-    gaps = (ours[changed].double() - theirs[changed].double()).abs()
-    return len(gaps), float(gaps.nan_to_num(nan=math.inf, posinf=math.inf).max()) if len(
-        gaps
-    ) else 0.0
+    distances = (ours[changed].double() - theirs[changed].double()).abs()
+    if not len(distances):
+        return 0, 0.0
+    return len(distances), float(distances.nan_to_num(nan=math.inf, posinf=math.inf).max())

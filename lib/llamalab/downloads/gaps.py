@@ -1,0 +1,94 @@
+"""Gaps: which bytes of a file are not here yet, and which of these somebody is filling.
+
+Pure arithmetic: nothing here knows of files, threads or servers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from operator import index
+
+
+@dataclass(eq=False)
+class Gap:
+    """Bytes [start, stop) that are not here; `stop` is None while the size is not known."""
+
+    start: int
+    stop: int | None
+    taken: bool = False
+
+
+class Gaps:
+    """The gaps of one file, from front to back; each is filled from its front."""
+
+    def __init__(self, gaps: Iterable[Gap] = ()):
+        self._gaps = list(gaps)
+
+    @classmethod
+    def after(cls, missing: Iterable, size: int, length: int) -> Gaps:
+        """Return the gaps of a file of `size` bytes, of which `length` lie on the disk.
+
+        `missing` are the pairs (start, stop) that were last written down. Nothing is ever written
+        behind a gap that was not, so the file's length says how far the gap has come, since
+        then, in which it ends.
+
+        Raises:
+            ValueError, TypeError: these are no gaps, or not those of a file of that length.
+        """
+        gaps, end, here_until = [Gap(0, 0)], 0, 0
+        for start, stop in [*missing, (size, size)]:
+            if not end <= index(start) <= index(stop) <= size:
+                raise ValueError(f"[{start}, {stop}) is no gap behind byte {end}")
+            here_until = start if start > end else here_until
+            end = stop
+            reached = length if start < length <= stop else start
+            if reached == gaps[-1].stop:  # pieces of one gap
+                gaps[-1].stop = stop
+            else:
+                gaps.append(Gap(reached, stop))
+        if not here_until <= length <= size:
+            raise ValueError(f"{length} bytes are not the {here_until} to {size} of these gaps")
+        return cls(gap for gap in gaps if gap.start < gap.stop)
+
+    def __iter__(self) -> Iterator[Gap]:
+        return iter(self._gaps)
+
+    def __len__(self) -> int:
+        return len(self._gaps)
+
+    def spans(self) -> list[list[int | None]]:
+        """Return [start, stop] of each gap, as `after` takes them."""
+        return [[gap.start, gap.stop] for gap in self._gaps]
+
+    def take(self) -> Gap | None:
+        """Return the first gap that nobody fills, which is taken then; None if there is none."""
+        gap = next((gap for gap in self._gaps if not gap.taken), None)
+        if gap:
+            gap.taken = True
+        return gap
+
+    def split(self, piece: int) -> None:
+        """Cut every gap with an end into pieces of `piece` bytes, so that several may fill it."""
+        pieces = []
+        for gap in self._gaps:
+            pieces.append(gap)
+            while gap.stop is not None and gap.stop - gap.start > piece:
+                rest = Gap(gap.start + piece, gap.stop)
+                gap.stop = rest.start
+                gap = rest
+                pieces.append(gap)
+        self._gaps = pieces
+
+    def fill(self, gap: Gap, count: int) -> bool:
+        """Take the next `count` bytes of a gap for here; return whether none of it is left."""
+        gap.start += count
+        if gap.start == gap.stop:
+            self._gaps.remove(gap)
+        return gap.start == gap.stop
+
+    def end_at(self, size: int) -> None:
+        """Let the last gap, which had no end, end at `size`."""
+        last = self._gaps[-1]
+        last.stop = size
+        self.fill(last, 0)
