@@ -13,7 +13,7 @@ import pytest
 import crashes
 import llamalab
 import synthetic
-from llamalab.checkpoints import tensor_file
+from llamalab.checkpoints import tensor_file, writer
 from llamalab.errors import DamagedFile, NotEnoughRoom, UsageError
 
 
