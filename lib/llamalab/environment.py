@@ -85,43 +85,31 @@ def fits(
     `there` is what already lies on the disk; a `ram` of None is unknown and fails nothing.
     """
     left = max(0, needs.disk - there)
-    detail = f"{size_text(needs.disk)} for {needs.model}"
-    detail += f", of which {size_text(there)} are there" if there else ""
-    if left <= free:
-        yield Row(OK, "Disk needed", detail)
-    else:
-        yield Row(
-            FAIL,
-            "Disk needed",
-            f"{detail}; {size_text(free)} are free",
-            fix=f"Free {size_text(left - free)}, or name a directory on a larger disk with "
-            "--models-dir (models_dir in a notebook).",
-        )
+    seen = f"{size_text(needs.disk)} for {needs.model}"
+    seen += f", of which {size_text(there)} are there" if there else ""
+    fix = f"Free {size_text(left - free)}, or name a directory on a larger disk with "
+    fix += "--models-dir (models_dir in a notebook)."
+    yield _enough("Disk needed", seen, left <= free, f"{size_text(free)} are free", fix)
     if ram is None:
         return
-    detail = f"{size_text(needs.streaming_memory)} to convert and merge"
-    if needs.streaming_memory <= ram:
-        yield Row(OK, "Memory needed", detail)
+    seen, there = f"{size_text(needs.streaming_memory)} to convert and merge", size_text(ram)
+    fits_ram, fix = needs.streaming_memory <= ram, "Close other programs and kernels."
+    yield _enough("Memory needed", seen, fits_ram, f"{there} are available", fix)
+    if needs.inference_memory <= gpu_memory:
+        seen = f"{size_text(needs.inference_memory)} to answer, on the GPU"
+        yield Row(OK, "Memory needed", seen)
     else:
-        yield Row(
-            FAIL,
-            "Memory needed",
-            f"{detail}; {size_text(ram)} are available",
-            fix="Close other programs and kernels.",
-        )
-    on_gpu, on_cpu = needs.inference_memory, needs.cpu_memory
-    if on_gpu <= gpu_memory:
-        yield Row(OK, "Memory needed", f"{size_text(on_gpu)} to answer, on the GPU")
-    elif on_cpu <= ram:
-        yield Row(OK, "Memory needed", f"{size_text(on_cpu)} to answer, on the CPU")
-    else:
-        yield Row(
-            FAIL,
-            "Memory needed",
-            f"{size_text(on_cpu)} to answer; {size_text(max(ram, gpu_memory))} are available",
-            fix="Choose a smaller model ('llamalab models' lists them) or a machine with more "
-            "memory; downloading, converting and merging need less and can be done here.",
-        )
+        here = needs.cpu_memory <= ram
+        seen = f"{size_text(needs.cpu_memory)} to answer" + (", on the CPU" if here else "")
+        there = f"{size_text(max(ram, gpu_memory))} are available"
+        fix = "Choose a smaller model ('llamalab models' lists them) or a machine with more "
+        fix += "memory; downloading, converting and merging need less and can be done here."
+        yield _enough("Memory needed", seen, here, there, fix)
+
+
+def _enough(name: str, seen: str, ok: bool, there: str, fix: str) -> Row:
+    """Return the row on something that is needed; what is there, and a way out, if that is less."""
+    return Row(OK, name, seen) if ok else Row(FAIL, name, f"{seen}; {there}", fix=fix)
 
 
 def memory_available(cgroups: Path = CGROUPS) -> int | None:
@@ -134,19 +122,15 @@ def memory_available(cgroups: Path = CGROUPS) -> int | None:
     except Exception:  # broken in any way, the report goes on
         return None
     available = psutil.virtual_memory().available
-    for limit, usage, cache in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            allowed = int((cgroups / limit).read_text())
-            used = int((cgroups / usage).read_text())
-            stat = (cgroups / limit).with_name("memory.stat").read_text()
-        except (OSError, ValueError):  # no such cgroup, or no limit: the word "max"
-            continue
-        # Pages of files count as used until somebody needs the room.
-        found = re.search(rf"^{cache} (\d+)$", stat, re.MULTILINE)
-        available = min(available, allowed - used + (int(found.group(1)) if found else 0))
+    try:
+        allowed = int((cgroups / "memory.max").read_text())
+        used = int((cgroups / "memory.current").read_text())
+        stat = (cgroups / "memory.stat").read_text()
+    except (OSError, ValueError):  # no such cgroup, or no limit: the word "max"
+        return available
+    # Pages of files count as used until somebody needs the room.
+    pages = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)
+    available = min(available, allowed - used + (int(pages[1]) if pages else 0))
     return max(0, available)
 
 

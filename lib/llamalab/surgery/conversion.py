@@ -300,11 +300,5 @@ def convert(
     """
     base = MetaCheckpoint(input_dir, model_size)
     view = as_hf(base, context_length)
-    return write(
-        view,
-        output_dir,
-        files=tokenizer_files(view),
-        made_by="convert",
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-    )
+    options = {"max_shard_size": max_shard_size, "overwrite": overwrite}
+    return write(view, output_dir, files=tokenizer_files(view), made_by="convert", **options)

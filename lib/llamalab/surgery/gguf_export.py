@@ -32,14 +32,7 @@ from ..checkpoints import (
     refuse_changed,
     state_of,
 )
-from ..errors import (
-    DamagedFile,
-    Incompatible,
-    LabWarning,
-    NotFound,
-    OutputExists,
-    UsageError,
-)
+from ..errors import DamagedFile, Incompatible, LabWarning, NotFound, OutputExists, UsageError
 from ..files import require_room, sync_directory
 from ..progress import bytes_bar
 from .conversion import as_meta
@@ -102,13 +95,8 @@ def export(
         )
     if out.is_dir():
         raise UsageError(f"{out} is a directory.", "", f"Name a file, as {out / 'model.gguf'}.")
-    view = compose(
-        model,
-        lora_model,
-        model_size=model_size,
-        context_length=context_length,
-        models_dir=models_dir,
-    )
+    options = {"model_size": model_size, "context_length": context_length}
+    view = compose(model, lora_model, models_dir=models_dir, **options)
     plan = _Plan(view, type, out.stem)
     with exclusive(out) as partial:
         unfinished = partial / "gguf.unfinished"

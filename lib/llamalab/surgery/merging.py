@@ -162,13 +162,8 @@ def merge(
     """
     if not adapter_list(lora_model):
         raise UsageError("There is no adapter to merge.", "", "Name at least one as --lora-model.")
-    view = compose(
-        base_model,
-        lora_model,
-        model_size=model_size,
-        context_length=context_length,
-        models_dir=models_dir,
-    )
+    options = {"model_size": model_size, "context_length": context_length}
+    view = compose(base_model, lora_model, models_dir=models_dir, **options)
     if output_type not in ("huggingface", "pth"):
         raise UsageError(
             f"There is no output type '{output_type}'.", "", "Use 'huggingface' or 'pth'."
@@ -176,11 +171,5 @@ def merge(
     files = tokenizer_files(view)
     if output_type == "pth":
         view, files = as_meta(view), {"tokenizer.model": files["tokenizer.model"]}
-    return write(
-        view,
-        output_dir,
-        files=files,
-        made_by="merge",
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-    )
+    options = {"max_shard_size": max_shard_size, "overwrite": overwrite}
+    return write(view, output_dir, files=files, made_by="merge", **options)
