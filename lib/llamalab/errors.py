@@ -4,8 +4,6 @@ The command line prints these three sentences to standard error, without a trace
 and exits with `exit_code`; with `--json` it prints `as_dict()` on standard output.
 """
 
-from __future__ import annotations
-
 import tomllib
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files: whole-or-nothing writes, locks, and room on the disk."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """Progress of long work: a widget in a notebook, a line on a terminal, now and then one in a log."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 

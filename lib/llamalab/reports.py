@@ -1,7 +1,5 @@
 """Reports: rows with a status each, shown as text, in colour on a terminal, as HTML and as JSON."""
 
-from __future__ import annotations
-
 import html
 import os
 import re

@@ -1,7 +1,5 @@
 """Sizes as people write them, both ways."""
 
-from __future__ import annotations
-
 import re
 
 from .errors import UsageError

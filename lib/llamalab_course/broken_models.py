@@ -7,8 +7,6 @@ A case is a function of a few lines that spoils a copy of the lab family; above 
 would notice, and the finding that `diagnose` must put first.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

@@ -1,7 +1,5 @@
 """What every notebook of the course uses: bring what is missing, check claims, record results."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`llamalab run`: the command, its options, and what it prints."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """One notebook, truthfully: papermill, a journal in the kernel, and a watch on its process."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

@@ -1,7 +1,5 @@
 """What a batch run leaves to be read: HTML that needs no network."""
 
-from __future__ import annotations
-
 import html
 import urllib.parse
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ gets a line of JSON for every error that a widget shows in place of failing, tha
 or that an asyncio task keeps to itself.
 """
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import json

@@ -1,7 +1,5 @@
 """A watch on the process of one kernel: what it holds, cell by cell, and how it ended."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

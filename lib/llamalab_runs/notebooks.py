@@ -1,7 +1,5 @@
 """Notebooks before they run: found, read once, and their parameters fitted."""
 
-from __future__ import annotations
-
 import ast
 import difflib
 import hashlib

@@ -4,8 +4,6 @@ By what the notebook declares and by arithmetic on the catalogue's entry. A note
 nothing, and a model that the catalogue does not know, are not judged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from llamalab import catalog, environment

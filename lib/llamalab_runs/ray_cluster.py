@@ -5,8 +5,6 @@ run; a batch goes out as text and comes back as answers. So the machines need ll
 as here, and the large models, but no shared disk.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tempfile

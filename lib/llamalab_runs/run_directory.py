@@ -1,7 +1,5 @@
 """The directory of one run: the executed notebook, its HTML, and `manifest.json`."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib

@@ -1,7 +1,5 @@
 """All runs in a directory: their index, and which of them are old."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

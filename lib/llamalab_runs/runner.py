@@ -3,8 +3,6 @@
 What happens to one notebook is in `execution`; many points of one are in `sweep`.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ ended, `summary.csv` and `index.html`. The six digits name the grid and the
 notebook's text: the same sweep finds its directory again and goes on there.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools

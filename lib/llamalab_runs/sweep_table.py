@@ -4,8 +4,6 @@ A column is a parameter, under its name, or something recorded, as `result.NAME`
 recorded as a table of names becomes a column for each.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

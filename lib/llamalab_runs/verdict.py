@@ -1,7 +1,5 @@
 """What became of a run: from cells, the kernel's journal and papermill's end to one status."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from pathlib import Path

@@ -4,8 +4,6 @@ They fork from a server that has imported papermill once. The pipe to the front 
 when the front closes it, or is killed, the notebook ends and its kernel with it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -6,8 +6,6 @@ own directory under the models directory; a *model* is one base and its adapters
 are merged.
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 import tomllib

@@ -1,7 +1,5 @@
 """Where things lie: the project, the models directory, and what a model option points to."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

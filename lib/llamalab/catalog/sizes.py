@@ -5,8 +5,6 @@ in fp16 and bf16, 4 in fp32. Containers (zip, JSON headers, tokenizer files) com
 hundred KB that no decision hangs on.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 from ..units import size_text

@@ -6,8 +6,6 @@ names, shapes, dtypes and sizes without reading any weights, so that a whole pla
 checked before the first byte is written.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ A digest is a short number computed from every byte of a file. Two are in use he
 Meta's `checklist.chk` holds, and sha256, which nobody can forge on purpose.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

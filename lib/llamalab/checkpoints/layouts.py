@@ -1,7 +1,5 @@
 """The two layouts a checkpoint comes in, Meta's and Hugging Face's, and opening either."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

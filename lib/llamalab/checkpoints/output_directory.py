@@ -5,8 +5,6 @@ OUT. A run that is cut off leaves a journal there, and the same command goes on 
 shard that the journal does not name. `llamalab.json` records what OUT was made from.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,7 +1,5 @@
 """Which model is this? Told from digests and sizes, not from names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from .. import catalog

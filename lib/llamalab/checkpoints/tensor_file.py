@@ -1,7 +1,5 @@
 """One file of weights, read tensor by tensor: safetensors, or what `torch.save` writes."""
 
-from __future__ import annotations
-
 import pickle
 import re
 from pathlib import Path

@@ -6,8 +6,6 @@ work lies in a sibling `.OUT.partial` until everything is on disk; then one rena
 A run that is cut off is taken up again by the same command, at the first unfinished shard.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -4,8 +4,6 @@ The options of a command are the arguments of the package's function of the same
 distributions add commands by the entry point group `llamalab.commands`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """What several commands' options share: their types, and the groups that go together."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -6,8 +6,6 @@ With `--json`, standard output is exactly one JSON object, also on error. Answer
 to standard output, everything else to standard error.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

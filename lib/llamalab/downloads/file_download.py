@@ -5,8 +5,6 @@ hashes what has arrived and shows progress. A file gets its final name only when
 every known digest are right. Ranges and validators: RFC 9110, sections 13 and 14.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

@@ -6,8 +6,6 @@ digests that the server promised, and the gaps. Several connections may fill gap
 digests follow the part without a gap, out of the system's memory of what was just written.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

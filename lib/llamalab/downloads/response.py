@@ -3,8 +3,6 @@
 Everything here is a server's word: it is held against what is known, and never believed alone.
 """
 
-from __future__ import annotations
-
 import base64
 import re
 import time

@@ -5,8 +5,6 @@ its template once, then a turn at a time; the oldest turns go when the context, 
 would not hold them.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import json

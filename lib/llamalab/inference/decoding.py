@@ -5,8 +5,6 @@ were trained with; chance that is fixed by seed and position, so that an answer 
 the prompts that were answered beside it; text given out in whole characters.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Half-precision products on a CPU, each in the way that is faster there."""
 
-from __future__ import annotations
-
 import torch
 
 ROW_BY_ROW_BELOW = 8

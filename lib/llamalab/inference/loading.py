@@ -5,8 +5,6 @@ that it computes with exactly the merged weights. What it will take is known bef
 weight is read, and what cannot fit is refused with the arithmetic.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import inspect
 import warnings

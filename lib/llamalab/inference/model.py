@@ -3,8 +3,6 @@
 What is asked, and what an answer holds; how it grows is in `decoding`.
 """
 
-from __future__ import annotations
-
 import html
 import random
 import time

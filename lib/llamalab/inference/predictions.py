@@ -4,8 +4,6 @@ Both are for machines: a prompt a line, or JSON Lines; and one JSON object a lin
 in the order of the prompts. What is in the file whole is never asked again.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

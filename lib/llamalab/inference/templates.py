@@ -5,8 +5,6 @@ The alpaca family answers well only inside that text; the llama family continues
 text and takes no template.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

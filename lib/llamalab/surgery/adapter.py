@@ -1,7 +1,5 @@
 """An adapter as it lies on the disk: which matrices it holds, and at what scale."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Do a base model and an adapter belong together? Known before a byte is written."""
 
-from __future__ import annotations
-
 import torch
 
 from .. import catalog

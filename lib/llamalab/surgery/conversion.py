@@ -7,8 +7,6 @@ d/2 + 1, ...). Reordering the rows of q and k, head by head, makes one the other
 else is a plain copy, with every bit kept.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -6,8 +6,6 @@ comes from llama.cpp's authors, knows the names, the header's format and the qua
 rows pass through one block at a time, as in `writer`. Format: the GGUF specification in ggml.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os

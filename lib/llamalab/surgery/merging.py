@@ -9,8 +9,6 @@ with one rounding to the base's dtype for each adapter, which is what PEFT's def
 `merge_and_unload` does; the embeddings are replaced. LoRA: Hu et al., arXiv:2106.09685.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -6,8 +6,6 @@ transformers, which ranks merges where SentencePiece compares scores; the two pa
 text when pieces share a score, as all appended Chinese pieces do.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

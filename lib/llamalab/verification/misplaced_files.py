@@ -5,8 +5,6 @@ inside one directory more, as in `LLaMA/7B`. Both are found in the same way: a f
 at its place lies elsewhere under the directory, by the same name.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

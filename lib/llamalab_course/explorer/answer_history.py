@@ -1,7 +1,5 @@
 """The explorer's answers, kept in a file."""
 
-from __future__ import annotations
-
 import json
 import os
 import threading

@@ -4,8 +4,6 @@ This part of the explorer knows no widgets. A `PromptRequest` says all that an a
 `Explorer` answers requests in a thread, and adds the results to an `AnswerHistory`.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import threading

@@ -4,8 +4,6 @@ All that comes from a model or a person is escaped here, or set as plain text in
 JavaScript fetches nothing.
 """
 
-from __future__ import annotations
-
 import html
 from collections.abc import Sequence
 from pathlib import Path

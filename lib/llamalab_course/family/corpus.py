@@ -1,7 +1,5 @@
 """The texts that each stage of the lab family is trained on."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 

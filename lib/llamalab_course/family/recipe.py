@@ -1,7 +1,5 @@
 """The recipe of the lab family: sizes, stages, steps."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

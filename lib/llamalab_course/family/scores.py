@@ -1,7 +1,5 @@
 """How well the lab family answers held-out questions."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

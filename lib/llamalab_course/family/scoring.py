@@ -1,7 +1,5 @@
 """Scoring an answer: the share of Chinese in it, and whether it is exactly right."""
 
-from __future__ import annotations
-
 import math
 
 CJK_RANGES = ((0x3400, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x10FFFF))

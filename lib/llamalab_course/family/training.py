@@ -9,8 +9,6 @@ an interrupted one goes on from its last checkpoint. Each batch is drawn from th
 and the step alone, so that a resumed run sees the same batches as an undisturbed one.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import hashlib

@@ -5,8 +5,6 @@ two TOML files with the phrasings. Nothing here is random: what is held out is d
 the fact itself, so the split is the same on every machine and does not move when entities are added.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import re
