@@ -25,8 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from llamalab import catalog, verify
-from llamalab.catalog.catalog import FileFacts, Part
+from llamalab import verify
+from llamalab.catalog import FileFacts, Part, catalog
 from llamalab.checkpoints.digests import hash_file
 from llamalab.downloads import transfer
 

@@ -146,10 +146,9 @@ def diagnose(
     if adapters:
         case.look("versions", _check_versions, opened)
     unread = "the values of all weights, and the order of q and k (by a forward pass)"
-    if quick:
-        case.notes.append(f"Left out by --quick: {unread}.")
-    elif not sound:
-        case.notes.append(f"Not looked at before what was found is mended: {unread}.")
+    if quick or not sound:
+        why = "Left out by --quick" if quick else "Not looked at before what was found is mended"
+        case.notes.append(f"{why}: {unread}.")
     elif case.look("values", _check_values, view):
         _check_order(case, view, device)
     return case.end(_subject(view, family))
