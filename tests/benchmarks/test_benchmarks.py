@@ -10,6 +10,8 @@ import pytest
 
 from llamalab.catalog.models_dir import project_directory
 
+pytestmark = pytest.mark.slow
+
 HERE = project_directory() / "benchmarks"
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from llamalab.catalog.models_dir import project_directory
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl on this machine")
 def test_the_benchmark_runs():

@@ -20,6 +20,8 @@ import yaml
 
 from llamalab.catalog.models_dir import project_directory
 
+pytestmark = pytest.mark.slow
+
 ROOT = project_directory()
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 LESSON = "06_explore_prompts.ipynb"

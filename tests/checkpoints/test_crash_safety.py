@@ -16,6 +16,8 @@ import synthetic
 from llamalab.checkpoints import tensor_file, writer
 from llamalab.errors import DamagedFile, NotEnoughRoom, UsageError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

@@ -14,6 +14,8 @@ import pytest
 
 from command_line import llamalab
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = "check models download verify convert merge generate export run".split()
 
 

@@ -12,6 +12,8 @@ from llamalab.diagnosis import diagnose
 from llamalab.errors import findings
 from llamalab_course import broken_models
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", broken_models.CASES)
 def test_each_case_gets_its_finding_and_no_other(name, lab):

@@ -15,6 +15,8 @@ import pytest
 from llamalab.catalog.models_dir import project_directory
 from llamalab_runs import notebooks, runner
 
+pytestmark = pytest.mark.slow
+
 LESSONS = notebooks.lesson_notebooks()
 IDS = [path.stem for path in LESSONS]
 HERE = project_directory() / "notebooks"

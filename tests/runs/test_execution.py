@@ -23,6 +23,8 @@ from llamalab_runs.notebooks import read_notebook
 from llamalab_runs.run_directory import Job
 from llamalab_runs.worker import run_jobs
 
+pytestmark = pytest.mark.slow
+
 ASYNC = """import asyncio
 async def boom(wait=0):
     await asyncio.sleep(wait)

@@ -11,6 +11,8 @@ from books import notebook
 from llamalab.errors import UsageError
 from llamalab_runs import runner
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_typing_error_is_refused_before_anything_runs(tmp_path):
     path = notebook(tmp_path / "n.ipynb", f"open({str(tmp_path / 'ran')!r}, 'w')")

@@ -21,6 +21,8 @@ from llamalab.errors import OutputExists, UsageError
 from llamalab_runs import run_directory, runner, sweep
 from llamalab_runs.kernel_journal import RESULTS
 
+pytestmark = pytest.mark.slow
+
 RECORD = (
     "from IPython.display import display\n"
     f"display({{'{RESULTS}': {{'square': seed ** 2, 'in': {{'heat': heat}}, 'text': '<b>&' + name}},"

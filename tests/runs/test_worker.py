@@ -6,10 +6,14 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from books import notebook
 from llamalab_runs.notebooks import read_notebook
 from llamalab_runs.run_directory import Job, partial_directory, read_run
 from llamalab_runs.worker import run_jobs
+
+pytestmark = pytest.mark.slow
 
 SHOW = (
     "import os\nfrom IPython.display import display\n"

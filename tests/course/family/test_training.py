@@ -29,6 +29,8 @@ from llamalab_course.family.corpus import Corpus, alpaca_batch, base_batch, batc
 from llamalab_course.family.recipe import BASE, Recipe, Stage
 from llamalab_course.family.world import LANGUAGES, load_world, questions
 
+pytestmark = pytest.mark.slow
+
 LAB = project_directory() / "data" / "lab"
 
 
