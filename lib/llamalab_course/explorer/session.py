@@ -11,16 +11,16 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
 
 from llamalab import catalog
-from llamalab.catalog import models_directory
-from llamalab.errors import LabError, LabWarning, NotFound
+from llamalab.errors import LabWarning, NotFound
 from llamalab.inference import Model, load, render_text
 from llamalab.surgery import Tokenizer
 
@@ -31,14 +31,16 @@ LARGE = 2_000_000_000
 """Bytes of weights from which on only one model stays in memory."""
 
 
-@dataclass
-class Listener:
-    """What a flight tells, from its own thread; `place` is the request's among those given."""
+class Listener(NamedTuple):
+    """What is told, from the flight's own thread, of the answer to one request."""
 
-    on_text: Callable[[int, str], None] = lambda place, text: None
-    on_result: Callable[[int, Result], None] = lambda place, result: None
-    on_error: Callable[[int, Exception], None] = lambda place, error: None
-    on_end: Callable[[], None] = lambda: None
+    on_text: Callable[[str], None] = lambda text: None
+    on_result: Callable[[Result], None] = lambda result: None
+    on_error: Callable[[Exception], None] = lambda error: None
+
+
+Flight = Sequence[tuple[PromptRequest | Callable[[], PromptRequest], Listener]]
+"""Requests that are answered one after another; a function, called in the thread, returns one."""
 
 
 class Explorer:
@@ -70,7 +72,7 @@ class Explorer:
         """Return where the model `name` lies in HF layout, whether or not it is there."""
         entry = catalog.model(name)
         made = name if entry.adapters else f"{entry.base.name}-hf"
-        return models_directory(self.models_dir) / made
+        return catalog.models_directory(self.models_dir) / made
 
     def _is_there(self, name: str) -> bool:
         directory = self.directory(name)
@@ -86,7 +88,7 @@ class Explorer:
             if name not in self._models:
                 if not self._is_there(name):
                     raise NotFound(
-                        f"'{name}' is not in {models_directory(self.models_dir)}.",
+                        f"'{name}' is not in {catalog.models_directory(self.models_dir)}.",
                         "It has not been converted or merged yet.",
                         "Lessons 02 and 03 make it.",
                     )
@@ -142,18 +144,13 @@ class Explorer:
         memory, stopped = _memory(model), stop_when()
         return Result(request, answer.text, ids, spell(ids), steps, speed, memory, stopped)
 
-    def start(
-        self, requests: Sequence[PromptRequest | Callable[[], PromptRequest]], listener: Listener
-    ) -> None:
-        """Answer `requests` one after another in a thread; what is under way is stopped first.
-
-        A request may be a function that returns one, called in the thread.
-        """
+    def start(self, flight: Flight, on_end: Callable[[], None] = lambda: None) -> None:
+        """Answer the requests of `flight` in a thread; what is under way is stopped first."""
         with self._lock:
             self.stop()
             self._stop = threading.Event()
-            flight = (list(requests), listener, self._stop, self._thread)
-            self._thread = threading.Thread(target=self._fly, args=flight, daemon=True)
+            arguments = (flight, on_end, self._stop, self._thread)
+            self._thread = threading.Thread(target=self._fly, args=arguments, daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
@@ -166,32 +163,23 @@ class Explorer:
             self._thread.join(seconds)
         return not (self._thread and self._thread.is_alive())
 
-    def _fly(self, requests, listener: Listener, stop: threading.Event, before) -> None:
+    def _fly(self, flight: Flight, on_end: Callable, stop: threading.Event, before) -> None:
         if before:
             before.join()
         try:
-            for place, request in enumerate(requests):
+            for request, listener in flight:
                 if stop.is_set():
                     break
                 try:
                     request = request() if callable(request) else request
-                    result = self.answer(
-                        request, lambda text, at=place: listener.on_text(at, text), stop.is_set
-                    )
-                    listener.on_result(place, result)
+                    result = self.answer(request, listener.on_text, stop.is_set)
+                    listener.on_result(result)
                     if self.history:
                         self.history.add(result)
                 except Exception as error:  # shown to the person, whatever it is
-                    listener.on_error(place, error)
+                    listener.on_error(error)
         finally:
-            listener.on_end()
-
-
-def sentence(error: Exception) -> str:
-    """Return what to tell a person about `error`."""
-    if isinstance(error, LabError):
-        return str(error).replace("\n", " ")
-    return f"{type(error).__name__}: {error}"
+            on_end()
 
 
 @lru_cache(maxsize=8)
