@@ -24,8 +24,9 @@ from llamalab.errors import LabWarning, NotFound
 from llamalab.inference import Model, load, render_text
 from llamalab.surgery import Tokenizer
 
+from ..lessons import LessonModel
 from .answer_history import AnswerHistory
-from .requests import ALTERNATIVES, PromptRequest, Result, Token
+from .requests import PromptRequest, Result, Token
 
 LARGE = 2_000_000_000
 """Bytes of weights from which on only one model stays in memory."""
@@ -70,9 +71,7 @@ class Explorer:
 
     def directory(self, name: str) -> Path:
         """Return where the model `name` lies in HF layout, whether or not it is there."""
-        entry = catalog.model(name)
-        made = name if entry.adapters else f"{entry.base.name}-hf"
-        return catalog.models_directory(self.models_dir) / made
+        return LessonModel(catalog.model(name), self.models_dir).merged
 
     def _is_there(self, name: str) -> bool:
         directory = self.directory(name)
@@ -119,29 +118,26 @@ class Explorer:
         turns = model.fitting_history(request.prompt, request.template, request.turns, room)
         return replace(request, turns=tuple(turns))
 
-    def answer(
-        self,
-        request: PromptRequest,
-        on_text: Callable[[str], None] | None = None,
-        stop_when: Callable[[], bool] = lambda: False,
-    ) -> Result:
+    def answer(self, request: PromptRequest, **hooks: Callable) -> Result:
         """Return the answer to `request`, in this thread.
+
+        Args:
+            hooks: `on_text` and `stop_when`, as `Model.generate` takes them.
 
         Raises:
             LabError: no such model, a setting out of its range, a prompt that is too long.
         """
         model = self.model(request.model)
-        options = {"alternatives": ALTERNATIVES, "on_text": on_text, "stop_when": stop_when}
         with warnings.catch_warnings():
             # A template that does not fit is the point of an experiment: the view says so.
             warnings.simplefilter("ignore", LabWarning)
-            answer = model.generate(request.prompt, **request.settings(), **options)
+            answer = model.generate(request.prompt, **request.settings(), **hooks)
         ids, speed, spell = answer.answer_ids, answer.tokens_per_second, model.tokenizer.pieces
         steps = []
         for step in answer.steps:
             top = [(number, spell([number])[0], share) for number, share in step.top]
             steps.append((step.id, step.probability, top))
-        memory, stopped = _memory(model), stop_when()
+        memory, stopped = _memory(model), "stop_when" in hooks and hooks["stop_when"]()
         return Result(request, answer.text, ids, spell(ids), steps, speed, memory, stopped)
 
     def start(self, flight: Flight, on_end: Callable[[], None] = lambda: None) -> None:
@@ -172,8 +168,8 @@ class Explorer:
                     break
                 try:
                     request = request() if callable(request) else request
-                    result = self.answer(request, listener.on_text, stop.is_set)
-                    listener.on_result(result)
+                    hooks = {"on_text": listener.on_text, "stop_when": stop.is_set}
+                    listener.on_result(result := self.answer(request, **hooks))
                     if self.history:
                         self.history.add(result)
                 except Exception as error:  # shown to the person, whatever it is
