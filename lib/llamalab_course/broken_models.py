@@ -167,10 +167,8 @@ def _headless(model: Path, family: Family) -> None:
 
 @_case("A plus model that answers badly.", "missing-predecessor")
 def _second_first(out: Path, family: Family) -> Arguments:
-    return {
-        "base_model": family("alpaca-plus").base,
-        "lora_model": family("alpaca-plus").adapters[-1],
-    }
+    plus = family("alpaca-plus")
+    return {"base_model": plus.base, "lora_model": plus.adapters[-1]}
 
 
 @_case("Two good adapters, together bad.", "another-base")
@@ -316,8 +314,8 @@ def command_of(arguments: Arguments) -> str:
         if isinstance(value, bool):
             words.append(option if value else option.replace("--with", "--without"))
         else:
-            several = isinstance(value, Sequence) and not isinstance(value, str)
-            words += [option, ",".join(map(str, value)) if several else str(value)]
+            several = value if isinstance(value, list) else [value]
+            words += [option, ",".join(map(str, several))]
     return shlex.join(words)
 
 
@@ -327,8 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models-dir", default="", metavar="DIR", help="default: models")
     options = parser.parse_args(argv)
     if not options.case:
-        for name, case in CASES.items():
-            print(f"{name:16} {case.symptom}")
+        print(*(f"{name:16} {case.symptom}" for name, case in CASES.items()), sep="\n")
         print("\n'make break CASE=NAME' makes one of them, to be diagnosed.", file=sys.stderr)
         return 0
     try:
