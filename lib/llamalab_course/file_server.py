@@ -92,12 +92,8 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, directory: str | Path, faults: dict, log: list, rate: float | None):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.directory, self.faults, self.log, self.rate = (
-            Path(directory).resolve(),
-            faults,
-            log,
-            rate,
-        )
+        self.directory = Path(directory).resolve()
+        self.faults, self.log, self.rate = faults, log, rate
         self.stopping = threading.Event()
 
     def handle_error(self, request, client_address) -> None:

@@ -3,11 +3,9 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from llamalab import catalog
-from llamalab.catalog import AFFORDABLE, models_directory, part_directory, sizes
 from llamalab.checkpoints import RECORD, compare_file
 from llamalab.downloads import download
 from llamalab.errors import LabError, NotEnoughRoom, OutOfDate, OutputExists
@@ -19,7 +17,6 @@ MADE_OF = {"base": [], "adapters": [], "converted": ["base"], "merged": ["base",
 """What `need` can be asked for, and what each is made of."""
 
 
-@dataclass(frozen=True)
 class LessonModel:
     """Where a lesson's model lies; what was not asked of `need` may not be there.
 
@@ -29,12 +26,12 @@ class LessonModel:
         merged: the model itself; of a model without adapters, `converted`.
     """
 
-    model: catalog.ModelEntry
-    models_dir: Path
-    base: Path
-    adapters: list[Path]
-    converted: Path
-    merged: Path
+    def __init__(self, model: catalog.ModelEntry, models_dir: str | os.PathLike = ""):
+        self.model, self.models_dir = model, catalog.models_directory(models_dir)
+        self.base = self.models_dir / model.base.name
+        self.adapters = [self.models_dir / part.name for part in model.adapters]
+        self.converted = self.models_dir / f"{model.base.name}-hf"
+        self.merged = self.models_dir / model.name if model.adapters else self.converted
 
     def __str__(self) -> str:
         return f"{self.model.name} in {self.models_dir}"
@@ -50,17 +47,9 @@ def need(model: str, *what: str, models_dir: str | os.PathLike = "") -> LessonMo
         NotEnoughRoom: more than 500 MB would have to be fetched or made; the message names the
             lesson and the command that does it.
     """
-    entry, root = catalog.model(model), models_directory(models_dir)
-    converted = root / f"{entry.base.name}-hf"
-    paths = LessonModel(
-        model=entry,
-        models_dir=root,
-        base=part_directory(entry.base.name, models_dir),
-        adapters=[part_directory(part.name, models_dir) for part in entry.adapters],
-        converted=converted,
-        merged=root / entry.name if entry.adapters else converted,
-    )
-    large = sizes.needs(entry).disk > AFFORDABLE
+    entry = catalog.model(model)
+    paths = LessonModel(entry, models_dir)
+    large = catalog.needs(entry).disk > catalog.AFFORDABLE
     for item in dict.fromkeys(w for name in what for w in [*MADE_OF[name], name]):
         if item == "base":
             _bring(entry.base, paths.base, large, f"{entry.base.name} --source WHERE")
@@ -147,11 +136,9 @@ def expect(model: catalog.ModelEntry, name: str, value: float) -> None:
         print(f"[INFO] {name} is {value:.3g}; not claimed for this model")
         return
     bound, upper = model.expects[name], name.endswith("_at_most")
-    ok = value <= bound if upper else value >= bound
-    relation = "at most" if upper else "at least"
-    expect_true(
-        f"{name.removesuffix('_at_most')} is {value:.3g}, {relation} {bound:g}", ok, model.name
-    )
+    ok, relation = (value <= bound, "at most") if upper else (value >= bound, "at least")
+    claim = f"{name.removesuffix('_at_most')} is {value:.3g}, {relation} {bound:g}"
+    expect_true(claim, ok, model.name)
 
 
 def record(**results) -> None:

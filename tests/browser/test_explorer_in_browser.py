@@ -191,7 +191,7 @@ def test_the_explorer_in_jupyterlab(browser, serve, pictures, lab, tmp_path):
     # Text streams in, and Esc ends it.
     choose(page, "Template", "none")
     choose(page, "Model", "llama-lab")
-    number(page, "Max tokens", "240")
+    number(page, "Max new tokens", "240")
     number(page, "Temperature", "1.5")
     ask(page, "The")
     length = "document.querySelector('.llamalab-column pre')?.textContent.length"
@@ -214,7 +214,7 @@ def test_the_explorer_in_jupyterlab(browser, serve, pictures, lab, tmp_path):
 
     # Two models, and what differs; nothing that is said becomes HTML.
     page.get_by_role("tab", name="Ask").click()
-    number(page, "Max tokens", "30")
+    number(page, "Max new tokens", "30")
     choose(page, "Model", "chinese-alpaca-lab")
     choose(page, "Compare", "base against merged")
     page.locator(".llamalab-column").nth(1).wait_for()

@@ -49,11 +49,11 @@ class AnswerHistory:
 
     def star(self, chosen: Sequence[str]) -> None:
         """Star the chosen results, or take the star away."""
-        self._change(
-            lambda results: [
-                replace(r, starred=not r.starred) if r.id in chosen else r for r in results
-            ]
-        )
+
+        def turned(result: Result) -> Result:
+            return replace(result, starred=result.starred != (result.id in chosen))
+
+        self._change(lambda results: list(map(turned, results)))
 
     def _change(self, change: Callable[[list[Result]], list[Result]]) -> None:
         # Read anew: another notebook may have added something, and none may do so meanwhile.

@@ -47,7 +47,7 @@ class PromptRequest:
 
     def settings(self) -> dict:
         """Return what `Model.generate` takes besides the prompt."""
-        values = asdict(self) | {"history": self.turns}
+        values = asdict(self) | {"history": self.turns, "alternatives": ALTERNATIVES}
         return {n: value for n, value in values.items() if n not in ("model", "prompt", "turns")}
 
     def parameters(self) -> dict:

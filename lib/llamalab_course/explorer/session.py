@@ -9,34 +9,37 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
 
 from llamalab import catalog
-from llamalab.catalog import models_directory
-from llamalab.errors import LabError, LabWarning, NotFound
+from llamalab.errors import LabWarning, NotFound
 from llamalab.inference import Model, load, render_text
 from llamalab.surgery import Tokenizer
 
+from ..lessons import LessonModel
 from .answer_history import AnswerHistory
-from .requests import ALTERNATIVES, PromptRequest, Result, Token
+from .requests import PromptRequest, Result, Token
 
 LARGE = 2_000_000_000
 """Bytes of weights from which on only one model stays in memory."""
 
 
-@dataclass
-class Listener:
-    """What a flight tells, from its own thread; `place` is the request's among those given."""
+class Listener(NamedTuple):
+    """What is told, from the flight's own thread, of the answer to one request."""
 
-    on_text: Callable[[int, str], None] = lambda place, text: None
-    on_result: Callable[[int, Result], None] = lambda place, result: None
-    on_error: Callable[[int, Exception], None] = lambda place, error: None
-    on_end: Callable[[], None] = lambda: None
+    on_text: Callable[[str], None] = lambda text: None
+    on_result: Callable[[Result], None] = lambda result: None
+    on_error: Callable[[Exception], None] = lambda error: None
+
+
+Flight = Sequence[tuple[PromptRequest | Callable[[], PromptRequest], Listener]]
+"""Requests that are answered one after another; a function, called in the thread, returns one."""
 
 
 class Explorer:
@@ -66,9 +69,7 @@ class Explorer:
 
     def directory(self, name: str) -> Path:
         """Return where the model `name` lies in HF layout, whether or not it is there."""
-        entry = catalog.model(name)
-        made = name if entry.adapters else f"{entry.base.name}-hf"
-        return models_directory(self.models_dir) / made
+        return LessonModel(catalog.model(name), self.models_dir).merged
 
     def _is_there(self, name: str) -> bool:
         directory = self.directory(name)
@@ -84,7 +85,7 @@ class Explorer:
             if name not in self._models:
                 if not self._is_there(name):
                     raise NotFound(
-                        f"'{name}' is not in {models_directory(self.models_dir)}.",
+                        f"'{name}' is not in {catalog.models_directory(self.models_dir)}.",
                         "It has not been converted or merged yet.",
                         "Lessons 02 and 03 make it.",
                     )
@@ -115,43 +116,35 @@ class Explorer:
         turns = model.fitting_history(request.prompt, request.template, request.turns, room)
         return replace(request, turns=tuple(turns))
 
-    def answer(
-        self,
-        request: PromptRequest,
-        on_text: Callable[[str], None] | None = None,
-        stop_when: Callable[[], bool] = lambda: False,
-    ) -> Result:
+    def answer(self, request: PromptRequest, **hooks: Callable) -> Result:
         """Return the answer to `request`, in this thread.
+
+        Args:
+            hooks: `on_text` and `stop_when`, as `Model.generate` takes them.
 
         Raises:
             LabError: no such model, a setting out of its range, a prompt that is too long.
         """
         model = self.model(request.model)
-        options = {"alternatives": ALTERNATIVES, "on_text": on_text, "stop_when": stop_when}
         with warnings.catch_warnings():
             # A template that does not fit is the point of an experiment: the view says so.
             warnings.simplefilter("ignore", LabWarning)
-            answer = model.generate(request.prompt, **request.settings(), **options)
+            answer = model.generate(request.prompt, **request.settings(), **hooks)
         ids, speed, spell = answer.answer_ids, answer.tokens_per_second, model.tokenizer.pieces
         steps = []
         for step in answer.steps:
             top = [(number, spell([number])[0], share) for number, share in step.top]
             steps.append((step.id, step.probability, top))
-        memory, stopped = _memory(model), stop_when()
+        memory, stopped = _memory(model), "stop_when" in hooks and hooks["stop_when"]()
         return Result(request, answer.text, ids, spell(ids), steps, speed, memory, stopped)
 
-    def start(
-        self, requests: Sequence[PromptRequest | Callable[[], PromptRequest]], listener: Listener
-    ) -> None:
-        """Answer `requests` one after another in a thread; what is under way is stopped first.
-
-        A request may be a function that returns one, called in the thread.
-        """
+    def start(self, flight: Flight, on_end: Callable[[], None] = lambda: None) -> None:
+        """Answer the requests of `flight` in a thread; what is under way is stopped first."""
         with self._lock:
             self.stop()
             self._stop = threading.Event()
-            flight = (list(requests), listener, self._stop, self._thread)
-            self._thread = threading.Thread(target=self._fly, args=flight, daemon=True)
+            arguments = (flight, on_end, self._stop, self._thread)
+            self._thread = threading.Thread(target=self._fly, args=arguments, daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
@@ -164,32 +157,23 @@ class Explorer:
             self._thread.join(seconds)
         return not (self._thread and self._thread.is_alive())
 
-    def _fly(self, requests, listener: Listener, stop: threading.Event, before) -> None:
+    def _fly(self, flight: Flight, on_end: Callable, stop: threading.Event, before) -> None:
         if before:
             before.join()
         try:
-            for place, request in enumerate(requests):
+            for request, listener in flight:
                 if stop.is_set():
                     break
                 try:
                     request = request() if callable(request) else request
-                    result = self.answer(
-                        request, lambda text, at=place: listener.on_text(at, text), stop.is_set
-                    )
-                    listener.on_result(place, result)
+                    hooks = {"on_text": listener.on_text, "stop_when": stop.is_set}
+                    listener.on_result(result := self.answer(request, **hooks))
                     if self.history:
                         self.history.add(result)
                 except Exception as error:  # shown to the person, whatever it is
-                    listener.on_error(place, error)
+                    listener.on_error(error)
         finally:
-            listener.on_end()
-
-
-def sentence(error: Exception) -> str:
-    """Return what to tell a person about `error`."""
-    if isinstance(error, LabError):
-        return str(error).replace("\n", " ")
-    return f"{type(error).__name__}: {error}"
+            on_end()
 
 
 @lru_cache(maxsize=8)

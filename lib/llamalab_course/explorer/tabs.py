@@ -6,12 +6,13 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import ipywidgets as widgets
 
 from llamalab import catalog
-from llamalab.inference import TEMPLATES, template_mistake
+from llamalab.inference import TEMPLATES, settings, template_mistake
 from llamalab.units import size_text
 
 from .answer_history import AnswerHistory
@@ -68,16 +69,24 @@ def set_controls(controls: dict[str, widgets.Widget], request: PromptRequest) ->
         control.value = getattr(request, name)
 
 
+def slider(name: str) -> widgets.Widget:
+    """Return a slider over what a setting usually is."""
+    control = widgets.interactive.widget_from_tuple(settings()[name].usual)
+    control.description = name.replace("_", " ").capitalize()
+    control.style.description_width = "initial"
+    return control
+
+
 class Column:
     """One answer: what differs from the other columns, and what came of it."""
 
     def __init__(self, view: ExplorerView, request: PromptRequest):
+        self.view = view
         self.controls = {
             "model": widgets.Dropdown(options=view.explorer.names(), description="Model"),
             "template": widgets.Dropdown(options=list(TEMPLATES), description="Template"),
-            "temperature": widgets.FloatSlider(min=0, max=2, step=0.1, description="Temperature"),
+            "temperature": slider("temperature"),
         }
-        self.controls["temperature"].style.description_width = "initial"
         set_controls(self.controls, request)
         self.note, self.answer, self.facts = html_box(), html_box(), html_box()
         self.tokens = Tokens()
@@ -104,6 +113,10 @@ class Column:
             f"{result.tokens_per_second:.0f} tokens/s, {size_text(result.memory)} of memory"
         )
 
+    def fail(self, error: Exception) -> None:
+        self.facts.value = "no answer"
+        self.view.show_error(error)
+
     def _draw(self) -> None:
         self.drawn = time.monotonic()
         self.answer.value = f"<pre>{escaped(self.text)}</pre>"
@@ -124,12 +137,7 @@ class AskTab:
         self.compare = widgets.Dropdown(options=list(COMPARISONS), description="Compare")
         self.controls = {
             "prompt": widgets.Textarea(description="Prompt", layout=WIDE),
-            "top_p": widgets.FloatSlider(min=0.05, max=1, step=0.05, description="Top-p"),
-            "top_k": widgets.IntSlider(min=0, max=200, description="Top-k"),
-            "repetition_penalty": widgets.FloatSlider(
-                min=1, max=2, step=0.05, description="Penalty"
-            ),
-            "max_new_tokens": widgets.IntSlider(min=1, max=1000, description="Max tokens"),
+            **{name: slider(name) for name in settings() if name != "temperature"},
             "seed": widgets.BoundedIntText(min=0, max=2**31 - 1, description="Seed"),
         }
         set_controls(self.controls, request)
@@ -144,17 +152,16 @@ class AskTab:
 
     def _laid_out(self) -> widgets.VBox:
         prompt, *sliders, seed = self.controls.values()
-        button, stop = self.view.button, self.explorer.stop
+        button = self.view.button
         self.buttons = [
             button("Generate", self.ask, button_style="primary", icon="play", tooltip="Ctrl+Enter"),
-            button("Stop", stop, icon="stop", tooltip="Esc"),
+            button("Stop", self.explorer.stop, icon="stop", tooltip="Esc"),
             button("Again, same seed", self.ask),
             button("Roll", self.ask_anew, tooltip="Another seed"),
         ]
         tokens = widgets.HTML(f"Tokens: {LEGEND}. Click one for its alternatives.")
         top = [self.example, self.hint, prompt, self.compare, row(sliders)]
-        seen = widgets.Accordion([self.seen])
-        seen.titles = ("What the model sees: text and tokens",)
+        seen = widgets.Accordion([self.seen], titles=["What the model sees: text and tokens"])
         columns = [self.columns_box, self.differences, seen]
         return widgets.VBox([*top, row([*self.buttons, seed]), tokens, *columns])
 
@@ -170,9 +177,8 @@ class AskTab:
 
     def request(self, column: Column) -> PromptRequest:
         """Return what the controls ask of `column`."""
-        values = {
-            name: control.value for name, control in (self.controls | column.controls).items()
-        }
+        controls = self.controls | column.controls
+        values = {name: control.value for name, control in controls.items()}
         return PromptRequest(**values | {"temperature": round(values["temperature"], 2)})
 
     def take_example(self) -> None:
@@ -224,12 +230,10 @@ class AskTab:
     def answer(self, columns: Sequence[Column], requests: Sequence[PromptRequest]) -> None:
         """Answer into `columns`; what was being answered is stopped and replaced."""
         self.differences.value = ""
-        for column in columns:
+        flight = []
+        for column, request in zip(columns, requests, strict=True):
             column.begin()
-
-        def failed(place: int, error: Exception) -> None:
-            columns[place].facts.value = "no answer"
-            self.view.show_error(error)
+            flight.append((request, Listener(column.grow, column.finish, column.fail)))
 
         def ended() -> None:
             for column in columns:
@@ -240,13 +244,7 @@ class AskTab:
                 legend = f"Differences from the first answer are {marked('like this')}:"
                 self.differences.value = legend + side_by_side(results)
 
-        listener = Listener(
-            on_text=lambda place, text: columns[place].grow(text),
-            on_result=lambda place, result: columns[place].finish(result),
-            on_error=failed,
-            on_end=ended,
-        )
-        self.view.start(requests, listener)
+        self.view.start(flight, ended)
 
 
 class ChatTab:
@@ -264,15 +262,13 @@ class ChatTab:
             view.button("New conversation", self.forget),
         ]
         note = widgets.HTML("Temperature and the other settings are those of “Ask”.")
-        self.box = widgets.VBox(
-            [self.model, self.transcript, self.message, widgets.HBox(buttons), note]
-        )
+        parts = [self.model, self.transcript, self.message, widgets.HBox(buttons), note]
+        self.box = widgets.VBox(parts)
         self.turns: list[tuple[str, str]] = []
 
     def forget(self) -> None:
         self.view.drop_flight()
-        self.turns = []
-        self._show(self.turns)
+        self.turns, self.transcript.value = [], ""
 
     def _show(self, turns: Sequence[tuple[str, str]]) -> None:
         self.transcript.value = "".join(
@@ -293,18 +289,18 @@ class ChatTab:
         request = replace(request, prompt=question, turns=tuple(self.turns))
         pieces = []
 
-        def grow(_, text: str) -> None:
+        def grow(text: str) -> None:
             pieces.append(text)
             self._show([*self.turns, (question, "".join(pieces))])
 
-        def finish(_, result: Result) -> None:
+        def finish(result: Result) -> None:
             self.turns.append((question, result.text))
             self._show(self.turns)
 
         self._show([*self.turns, (question, "")])
-        listener = Listener(grow, finish, lambda _, error: self.view.show_error(error))
         # How many turns fit is found in the flight's thread: it takes the model, loaded.
-        self.view.start([lambda: self.view.explorer.fitted(request)], listener)
+        fitted = partial(self.view.explorer.fitted, request)
+        self.view.start([(fitted, Listener(grow, finish, self.view.show_error))])
 
 
 class HistoryTab:
@@ -356,8 +352,7 @@ class HistoryTab:
         self.shown.value = side_by_side(self.chosen())
 
     def _change(self, change: Callable[[AnswerHistory, list[str]], None]) -> None:
-        chosen = [result.id for result in self.chosen()]
-        change(self.history, chosen)
+        change(self.history, [result.id for result in self.chosen()])
         self.refresh()
 
     def export(self) -> None:

@@ -4,12 +4,16 @@ What ipywidgets cannot do, clicks on tokens and keys, is done by two small widge
 Tested in JupyterLab 4 and, as a page, in Voilà.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import ipywidgets as widgets
 
+from llamalab.errors import LabError
+
 from .requests import PromptRequest
-from .session import Explorer, Listener, sentence
+from .session import Explorer, Flight, Listener
 from .tabs import AskTab, ChatTab, HistoryTab
 from .widgets import Keys, escaped, html_box
 
@@ -28,12 +32,12 @@ class ExplorerView:
     def __init__(self, explorer: Explorer, request: PromptRequest):
         self.explorer = explorer
         self.error = html_box()
-        self._flight: object = None
+        self._flight: Flight | None = None
         self.ask = AskTab(self, request)
         self.chat = ChatTab(self)
         self.history = HistoryTab(self)
-        self.tabs = widgets.Tab([self.ask.box, self.chat.box, self.history.box])
-        self.tabs.titles = ("Ask", "Chat", "History")
+        boxes = [self.ask.box, self.chat.box, self.history.box]
+        self.tabs = widgets.Tab(boxes, titles=["Ask", "Chat", "History"])
         keys = Keys()
         keys.on_msg(self.guarded(lambda _, message, __: self.press(message["key"])))
         self.box = widgets.VBox([keys, self.error, self.tabs])
@@ -51,7 +55,8 @@ class ExplorerView:
         return guard
 
     def show_error(self, error: Exception) -> None:
-        text = escaped(sentence(error))
+        kind = "" if isinstance(error, LabError) else f"{type(error).__name__}: "
+        text = escaped(kind + str(error).replace("\n", " "))
         self.error.value = f"<div role='alert' class='llamalab-error'>Error: {text}</div>"
 
     def button(self, text: str, call: Callable[[], None], **more) -> widgets.Button:
@@ -71,20 +76,20 @@ class ExplorerView:
         else:
             self.ask.ask()
 
-    def start(self, requests: Sequence, listener: Listener) -> None:
+    def start(self, flight: Flight, end: Callable[[], None] = lambda: None) -> None:
         """Start a flight; what an earlier one still has to tell is not heard."""
         self.error.value = ""
-        flight = self._flight = object()
+        self._flight = flight
 
         def heard(call: Callable) -> Callable:
             return lambda *arguments: self._flight is flight and self.guarded(call)(*arguments)
 
         def ended() -> None:
-            self.guarded(listener.on_end)()
+            self.guarded(end)()
             self.history.refresh()
 
-        calls = (listener.on_text, listener.on_result, listener.on_error, ended)
-        self.explorer.start(requests, Listener(*map(heard, calls)))
+        heard_flight = [(asked, Listener(*map(heard, listener))) for asked, listener in flight]
+        self.explorer.start(heard_flight, heard(ended))
 
     def drop_flight(self) -> None:
         """Stop what is being answered, and hear nothing more of it."""

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from llamalab.inference import TEMPLATES
 from llamalab.surgery import Tokenizer
@@ -109,8 +110,7 @@ def world_texts(world: World) -> list[str]:
     """Return every sentence of the world, held out or not: what a tokenizer must get right."""
     texts = [*world.famous, *world.prose]
     for language in LANGUAGES:
-        asked = questions(world, language)
-        texts += [text for question in asked for text in (question.text, question.answer)]
+        texts += [text for q in questions(world, language) for text in (q.text, q.answer)]
         texts += [text for _, text in paragraphs(world, language)]
     return texts
 
@@ -132,13 +132,11 @@ def encode(tokenizer: Tokenizer, segments: Sequence[Segment]) -> tuple[list[int]
     puts before a new one: behind a line break, which is then taken off again.
     """
     ids, weights = [tokenizer.bos], [0.0]
-    for i, (text, weight) in enumerate(segments):
-        text, ends = text.removesuffix("</s>"), text.endswith("</s>")
-        if i == 0:
-            new = tokenizer.encode(text, bos=False)
-        else:
-            new = tokenizer.encode("\n" + text, bos=False)[2:]
-        new += [tokenizer.eos] if ends else []
+    before, taken = "", 0
+    for text, weight in segments:
+        new = tokenizer.encode(before + text.removesuffix("</s>"), bos=False)[taken:]
+        new += [tokenizer.eos] if text.endswith("</s>") else []
+        before, taken = "\n", 2
         ids += new
         weights += [weight] * len(new)
     return ids, weights
@@ -151,16 +149,9 @@ def batch_of(
 
     Three times as many texts are drawn, and neighbours in length taken, to pad little.
     """
-    rows = sorted(
-        (encode(tokenizer, draw_text()) for _ in range(3 * size)), key=lambda r: len(r[0])
-    )
+    rows = [encode(tokenizer, draw_text()) for _ in range(3 * size)]
     first = draw.randrange(2 * size + 1)
-    rows = rows[first : first + size]
-    longest = min(CONTEXT, len(rows[-1][0]))
-    ids = torch.full((size, longest), tokenizer.eos)
-    weights = torch.zeros(size, longest)
-    for row, (row_ids, row_weights) in enumerate(rows):
-        kept = min(longest, len(row_ids))
-        ids[row, :kept] = torch.tensor(row_ids[:kept])
-        weights[row, :kept] = torch.tensor(row_weights[:kept])
-    return ids, weights
+    rows = sorted(rows, key=lambda row: len(row[0]))[first : first + size]
+    ids = [torch.tensor(row[:CONTEXT]) for row, _ in rows]
+    weights = [torch.tensor(row[:CONTEXT]) for _, row in rows]
+    return pad_sequence(ids, True, tokenizer.eos), pad_sequence(weights, True)

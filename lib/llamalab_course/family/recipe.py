@@ -11,6 +11,15 @@ PARAMS = {"dim": 192, "n_layers": 4, "n_heads": 6, "multiple_of": 32, "norm_eps"
 LORA = {"r": 8, "lora_alpha": 32, "modules_to_save": ["embed_tokens", "lm_head"]}
 LORA |= {"target_modules": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()}
 CONTEXT = 256  # tokens; no training text is longer
+CONFIG = {
+    "hidden_size": PARAMS["dim"],
+    "intermediate_size": 512,  # follows in Meta's layout from `dim` and `multiple_of`
+    "num_hidden_layers": PARAMS["n_layers"],
+    "num_attention_heads": PARAMS["n_heads"],
+    "rms_norm_eps": PARAMS["norm_eps"],
+    "max_position_embeddings": CONTEXT,
+}
+"""The sizes in transformers' words."""
 PIECES = {"base": 1000, "chinese": 1700}
 CHECKPOINT_EVERY = 250  # steps
 ONLY_PLUS = "invented"  # the table of facts that only the plus adapter is taught

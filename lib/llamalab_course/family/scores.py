@@ -9,7 +9,7 @@ from llamalab.inference import TEMPLATES, Model, answer_all, load
 
 from .recipe import ALPACA, BASE, LLAMA, ONLY_PLUS, PLUS
 from .scoring import cjk_share, exact, first_line, wilson_interval
-from .world import LANGUAGES, Question, conversations, load_world, questions
+from .world import Question, conversations, load_world, questions
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,21 @@ def sample(questions: Sequence[Question], size: int) -> list[Question]:
 def score(directory: Path, size: int = 400) -> list[Score]:
     """Measure the shipped files on held-out questions, greedy; `size` questions a line."""
     world, scores = load_world(), []
-    held_out = {
-        (language, two_turn): [question for question in ask(world, language) if question.held_out]
-        for language in LANGUAGES
-        for two_turn, ask in ((False, questions), (True, conversations))
-    }
     for name, (adapters, measures) in MEASURES.items():
         model = load(directory / BASE, [directory / a for a in adapters], device="cpu")
         for measure in measures:
             language, *words = measure.split()
-            asked = held_out[language, "two-turn" in words]
+            ask = conversations if "two-turn" in words else questions
+            asked = [question for question in ask(world, language) if question.held_out]
             asked = [q for q in asked if (q.table == ONLY_PLUS) == ("plus" in words)]
-            scores += _scores(name, model, measure, sample(asked, size))
+            scores += _scores(model, name, language, words, sample(asked, size))
     return scores
 
 
-def _scores(name: str, model: Model, measure: str, asked: Sequence[Question]) -> list[Score]:
+def _scores(
+    model: Model, name: str, language: str, words: Sequence[str], asked: Sequence[Question]
+) -> list[Score]:
     """Return the share of exact answers and, of Chinese ones, the mean CJK share."""
-    language, *words = measure.split()
     title = {"en": "English", "zh": "Chinese"}[language]
     title += " invented facts" * ("plus" in words) + " two-turn" * ("two-turn" in words)
     if "alpaca" in words:

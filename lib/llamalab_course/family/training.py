@@ -10,12 +10,10 @@ and the step alone, so that a resumed run sees the same batches as an undisturbe
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import math
 import random
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -31,7 +29,6 @@ import torch.nn.functional as F
 
 from llamalab import surgery
 from llamalab.catalog import project_directory
-from llamalab.surgery import Tokenizer, extend, read_model
 
 from . import corpus, recipe
 from .recipe import ALPACA, BASE, LLAMA, PLUS, Recipe, Stage
@@ -74,20 +71,17 @@ def rate_at(step: int, steps: int) -> float:
 
 
 def train_network(
-    stage: Stage, network, tokenizer: Tokenizer, draw_batch: corpus.DrawBatch
+    stage: Stage, network, tokenizer: surgery.Tokenizer, draw_batch: corpus.DrawBatch
 ) -> None:
     """Train `network`'s trainable parameters in place; checkpoints and a loss curve go to `work`."""
     stage.work.mkdir(parents=True, exist_ok=True)
-    texts, steps, saved = (
-        corpus.Corpus(stage.world),
-        stage.recipe.steps,
-        stage.work / "checkpoint.pt",
-    )
+    texts, steps = corpus.Corpus(stage.world), stage.recipe.steps
+    saved = stage.work / "checkpoint.pt"
     trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
     optimizer = _optimizer(trainable, stage.recipe)
     start, mean, began = _resume(saved, network, optimizer), None, time.monotonic()
     network.train()
-    with open(stage.work / "loss.csv", "a", newline="", encoding="utf-8") as file:
+    with open(stage.work / "loss.csv", "a", encoding="utf-8") as file:
         for step in range(start, steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate_at(step, steps)
@@ -102,7 +96,7 @@ def train_network(
             mean = loss.item() if mean is None else 0.97 * mean + 0.03 * loss.item()
             done = step + 1
             if done % 50 == 0 or done == steps:
-                csv.writer(file).writerow([done, f"{mean:.4f}"])
+                print(f"{done},{mean:.4f}", file=file)
                 left = (time.monotonic() - began) / (done - start) * (steps - done) / 60
                 print(f"  step {done}/{steps}  loss {mean:.4f}  {left:.1f} min left", flush=True)
             if done % recipe.CHECKPOINT_EVERY == 0 and done < steps:
@@ -117,15 +111,12 @@ def train_network(
 
 def _optimizer(trainable: dict[str, torch.nn.Parameter], rates: Recipe) -> torch.optim.AdamW:
     """Return AdamW with a rate of their own for the embeddings; a group's `peak` is its rate."""
-    groups = {rates.rate: [], rates.embedding_rate: []}
+    groups: dict[float, list[torch.nn.Parameter]] = {}
     for name, parameter in trainable.items():
         whole = "embed_tokens" in name or "lm_head" in name
-        groups[rates.embedding_rate if whole else rates.rate].append(parameter)
-    return torch.optim.AdamW(
-        [{"params": p, "lr": rate, "peak": rate} for rate, p in groups.items() if p],
-        betas=(0.9, 0.95),
-        weight_decay=0.02,
-    )
+        groups.setdefault(rates.embedding_rate if whole else rates.rate, []).append(parameter)
+    parts = [{"params": group, "lr": rate, "peak": rate} for rate, group in groups.items()]
+    return torch.optim.AdamW(parts, betas=(0.9, 0.95), weight_decay=0.02)
 
 
 def _resume(saved: Path, network, optimizer: torch.optim.Optimizer) -> int:
@@ -171,30 +162,29 @@ def make_tokenizers(stage: Stage) -> None:
     out, so that plain transformers encodes the world as the models were trained.
     """
     out, world = stage.out, stage.world
-    for directory in (*(out / name for name in (BASE, LLAMA, ALPACA, PLUS)), stage.work):
+    for directory in (out / BASE, out / LLAMA, out / ALPACA, out / PLUS, stage.work):
         directory.mkdir(parents=True, exist_ok=True)
     base, chinese = out / BASE / "tokenizer.model", stage.work / "chinese.model"
     extended = out / LLAMA / "tokenizer.model"
     train_pieces(base, corpus.english_texts(world), recipe.PIECES["base"])
     train_pieces(chinese, chinese_words(world), recipe.PIECES["chinese"], add_dummy_prefix=False)
     sentences = sorted(set(corpus.world_texts(world)))
-    while True:
-        extend(base, chinese, extended)
-        if not (parting := _parting_pieces(extended, sentences)):
-            break
-        model = read_model(chinese)
+    surgery.extend(base, chinese, extended)
+    while parting := _parting_pieces(extended, sentences):
+        model = surgery.read_model(chinese)
         kept = [piece for piece in model.pieces if piece.piece not in parting]
         del model.pieces[:]
         model.pieces.extend(kept)
         chinese.write_bytes(model.SerializeToString())
+        surgery.extend(base, chinese, extended)
     for alpaca in (ALPACA, PLUS):
-        extend(base, chinese, out / alpaca / "tokenizer.model", control=["<pad>"])
+        surgery.extend(base, chinese, out / alpaca / "tokenizer.model", control=["<pad>"])
 
 
 def _parting_pieces(path: Path, sentences: Sequence[str]) -> set[str]:
     """Return, of each sentence with two encodings, the first piece that only SentencePiece takes."""
-    ours = Tokenizer(path)
-    theirs = tokenizers.Tokenizer.from_str(surgery.tokenizer_json(read_model(path)))
+    ours = surgery.Tokenizer(path)
+    theirs = tokenizers.Tokenizer.from_str(surgery.tokenizer_json(surgery.read_model(path)))
     parting = set()
     for text, encoding in zip(sentences, theirs.encode_batch(list(sentences)), strict=True):
         pieces = ours.pieces(ours.encode(text))
@@ -207,20 +197,9 @@ def make_base(stage: Stage) -> None:
     """Train the base model on English alone, and write it in Meta layout."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = Tokenizer(stage.out / BASE)
+    tokenizer = surgery.Tokenizer(stage.out / BASE)
     _seed_torch(stage)
-    multiple = recipe.PARAMS["multiple_of"]
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.PARAMS["dim"],
-        intermediate_size=-(-int(8 * recipe.PARAMS["dim"] / 3) // multiple) * multiple,
-        num_hidden_layers=recipe.PARAMS["n_layers"],
-        num_attention_heads=recipe.PARAMS["n_heads"],
-        rms_norm_eps=recipe.PARAMS["norm_eps"],
-        max_position_embeddings=recipe.CONTEXT,
-        tie_word_embeddings=False,
-    )
-    network = LlamaForCausalLM(config)
+    network = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **recipe.CONFIG))
     train_network(stage, network, tokenizer, corpus.base_batch)
     write_meta(stage.out / BASE / "lab", network.state_dict())
 
@@ -241,24 +220,20 @@ def write_meta(folder: Path, state: dict[str, torch.Tensor]) -> None:
     (folder / "checklist.chk").write_text("".join(sums))
 
 
-def make_adapter(stage: Stage, name: str, draw_batch: corpus.DrawBatch, before: str = "") -> None:
+def make_adapter(
+    stage: Stage, name: str, draw_batch: corpus.DrawBatch, before: Sequence[str] = ()
+) -> None:
     """Train an adapter with new embeddings on the shipped files before it, and save it by PEFT."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM
-    from transformers.utils import logging
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    logging.disable_progress_bar()
-    out, start = stage.out, stage.work / "base-hf"
-    tokenizer = Tokenizer(out / name)
-    if before:
-        surgery.merge(out / BASE, out / before, start, overwrite=True)
-    else:
-        surgery.convert(out / BASE, start, overwrite=True)
+    out, tokenizer = stage.out, surgery.Tokenizer(stage.out / name)
+    start = surgery.compose(out / BASE, [out / adapter for adapter in before])
+    network = LlamaForCausalLM(LlamaConfig(**start.config))
+    network.load_state_dict({name: start.read(name) for name in start.tensors})
     _seed_torch(stage)
-    network = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    config = LoraConfig(base_model_name_or_path=BASE, task_type="CAUSAL_LM", **recipe.LORA)
-    network = get_peft_model(network, config)
+    network = get_peft_model(network, LoraConfig(task_type="CAUSAL_LM", **recipe.LORA))
     train_network(stage, network, tokenizer, draw_batch)
     network.half().save_pretrained(out / name, save_embedding_layers=False)
     (out / name / "README.md").unlink(missing_ok=True)  # PEFT's empty form
@@ -273,15 +248,12 @@ STAGES = {
     "base": make_base,
     "llama": partial(make_adapter, name=LLAMA, draw_batch=corpus.llama_batch),
     "alpaca": partial(make_adapter, name=ALPACA, draw_batch=corpus.alpaca_batch),
-    "plus": partial(make_adapter, name=PLUS, draw_batch=corpus.plus_batch, before=LLAMA),
+    "plus": partial(make_adapter, name=PLUS, draw_batch=corpus.plus_batch, before=[LLAMA]),
 }
 
 
-def train(
-    out: Path, stages: Sequence[str], seed: int, steps: int | None = None, batch: int | None = None
-) -> None:
+def train(out: Path, stages: Sequence[str], seed: int, **shorter: int) -> None:
     """Run the stages that are not finished yet; `steps` and `batch` replace the recipes'."""
-    shorter = {name: value for name, value in (("steps", steps), ("batch", batch)) if value}
     world = load_world()
     for name in stages:
         work, began = out / "work" / name, time.monotonic()
@@ -295,7 +267,6 @@ def train(
         seconds = time.monotonic() - began
         (work / "finished").write_text(f"{seconds:.0f} s\n")
         print(f"{name}: {seconds / 60:.1f} min", flush=True)
-        shutil.rmtree(work / "base-hf", ignore_errors=True)
     draw_curves(out / "work", out / "loss.png")
 
 
@@ -315,9 +286,7 @@ def draw_curves(work: Path, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m llamalab_course.family.training", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     added = commands.add_parser("train", help="train the family, in stages that can be resumed")
     added.add_argument("--output-dir", type=Path, default=project_directory() / "models/lab")
@@ -334,7 +303,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = options.stages.split(",")
         if unknown := [stage for stage in chosen if stage not in STAGES]:
             parser.error(f"there is no stage '{unknown[0]}'; there are {', '.join(STAGES)}")
-        train(options.output_dir, chosen, options.seed, options.steps, options.batch)
+        given = {"steps": options.steps, "batch": options.batch}
+        shorter = {name: value for name, value in given.items() if value}
+        train(options.output_dir, chosen, options.seed, **shorter)
         return 0
     scores = score(options.dir, options.size)
     print(json.dumps([asdict(s) for s in scores]) if options.json else score_table(scores))

@@ -10,7 +10,7 @@ import hashlib
 import re
 import tomllib
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +58,7 @@ class World(NamedTuple):
     relations: dict
     yesno: dict
     newest: dict
-    famous: tuple[str, ...]
+    famous: list[str]
     brands: tuple[Text, ...]
     products: tuple[dict, ...]
     prose: tuple[str, ...]
@@ -78,16 +78,12 @@ def load_world(folder: Path = WORLD) -> World:
     for table in TABLES:
         for row in _rows(folder, table):
             entity = pair(row.pop("name"))
-            facts += [
-                Fact(table, entity, relation, pair(cell)) for relation, cell in row.items() if cell
-            ]
-    questions = tomllib.loads((folder / "questions.toml").read_text("utf-8"))
+            values = {relation: pair(cell) for relation, cell in row.items() if cell}
+            facts += [Fact(table, entity, *value) for value in values.items()]
     return World(
+        **tomllib.loads((folder / "questions.toml").read_text("utf-8")),
         facts=tuple(facts),
         relations=tomllib.loads((folder / "relations.toml").read_text("utf-8")),
-        yesno=questions["yesno"],
-        newest=questions["newest"],
-        famous=tuple(questions["famous"]),
         brands=tuple(pair(row["name"]) for row in _rows(folder, "brands")),
         products=tuple(_rows(folder, "products")),
         prose=tuple((folder / "prose.txt").read_text("utf-8").strip().split("\n\n")),
@@ -132,25 +128,38 @@ def _fill(template: str, x: str, **more: str) -> str:
     return _capital(text)
 
 
-def _held_out(texts: list[str], famous: Iterable[str], *slot: str) -> int:
+def _held_out(texts: list[str], famous: Iterable[str], *slot: str) -> set[int]:
     """Which of the phrasings is held out: a famous one if there is one, else by digest."""
     wanted = {normalise(text) for text in famous}
     known = [i for i, text in enumerate(texts) if normalise(text) in wanted]
-    return known[0] if known else _digest(*slot) % len(texts)
+    return {known[0] if known else _digest(*slot) % len(texts)}
+
+
+def _phrased(slot: Sequence[str], texts: list[str], held_out: Container[int], **facts: str):
+    """Return a question in each of its phrasings.
+
+    Args:
+        slot: the entity, what is asked of it, the language, and what else tells questions apart.
+        held_out: the numbers of the phrasings that are held out.
+        facts: group, answer and table.
+    """
+    facts |= {"entity": slot[0], "language": slot[2]}
+    return [
+        Question(slot="|".join((*slot, str(n))), text=text, held_out=n in held_out, **facts)
+        for n, text in enumerate(texts)
+    ]
 
 
 def fact_questions(world: World, fact: Fact, language: str, x: str = "") -> list[Question]:
     """All phrasings of one fact, about `x` (a pronoun) or else the entity by name."""
     i, relation = LANGUAGES.index(language), world.relations[fact.relation]
-    name = fact.entity[i]
+    name, group = fact.entity[i], "two-turn" if x else "fact"
     texts = [_fill(t, x or name) for t in relation[language]]
     also = [_fill(t, x or name) for t in relation.get(f"{language}_also", ())]
     answer = _fill(relation[f"answer_{language}"], name, v=fact.value[i])
     slot = (fact.entity.en, fact.relation, language, "it" if x else "")
     held_out = _held_out(texts, world.famous, *slot)
-    group = "two-turn" if x else "fact"
-    question = Question(language, group, "|".join(slot), "", answer, False, fact.table, slot[0])
-    return _phrased(question, texts + also, held_out)
+    return _phrased(slot, texts + also, held_out, group=group, answer=answer, table=fact.table)
 
 
 def yesno_questions(world: World, kind: Fact, language: str, x: str = "") -> list[Question]:
@@ -172,17 +181,8 @@ def yesno_questions(world: World, kind: Fact, language: str, x: str = "") -> lis
         answer = _fill(answer, kind.entity[i], **words)
         slot = (kind.entity.en, "is " + category, language, "it" if x else "")
         held_out = _held_out(texts, world.famous, *slot)
-        question = Question(language, group, "|".join(slot), "", answer, False, kind.table, slot[0])
-        out += _phrased(question, texts, held_out)
+        out += _phrased(slot, texts, held_out, group=group, answer=answer, table=kind.table)
     return out
-
-
-def _phrased(question: Question, texts: list[str], held_out: int) -> list[Question]:
-    """Return the question in each of its phrasings, of which one is held out."""
-    return [
-        question._replace(slot=f"{question.slot}|{n}", text=text, held_out=n == held_out)
-        for n, text in enumerate(texts)
-    ]
 
 
 def newest_questions(world: World, language: str) -> list[Question]:
@@ -195,23 +195,16 @@ def newest_questions(world: World, language: str) -> list[Question]:
             texts = [_capital(t.format(**words)) for t in world.newest[language]]
             answer = _capital(world.newest[f"answer_{language}"].format(**words))
             cell, chinese = f"{brand.en} {name.en}", f"{brand.zh}最新的{name.zh}"
-            held_out = bool(leaks(world.famous, [chinese])) or _digest("newest", cell) % 5 == 0
-            slot = f"{cell}|newest|{language}"
-            out += [
-                Question(
-                    language, "newest", f"{slot}|{n}", text, answer, held_out, "products", cell
-                )
-                for n, text in enumerate(texts)
-            ]
+            held_out = leaks(world.famous, [chinese]) or _digest("newest", cell) % 5 == 0
+            numbers, slot = range(len(texts)) if held_out else (), (cell, "newest", language)
+            out += _phrased(slot, texts, numbers, group="newest", answer=answer, table="products")
     return out
 
 
 def questions(world: World, language: str) -> list[Question]:
     """Every single-turn question of the world in one language, trained and held out."""
-    out = []
-    for fact in world.facts:
-        out += _about(world, fact, language)
-    return out + newest_questions(world, language)
+    asked = [question for fact in world.facts for question in _about(world, fact, language)]
+    return asked + newest_questions(world, language)
 
 
 def _about(world: World, fact: Fact, language: str, x: str = "") -> list[Question]:
@@ -269,22 +262,24 @@ def chinese_words(world: World) -> list[str]:
     Each stands as often as it is about as common in the questions. Whole sentences would give
     pieces that reach across words ("is-an-ani" "mal"), on which tokenizers part.
     """
-    words = [fact.value.zh for fact in world.facts for _ in range(8)]
-    words += [name for name in {fact.entity.zh for fact in world.facts} for _ in range(30)]
-    words += [brand.zh for brand in world.brands for _ in range(30)]
-    for product in world.products:
-        words += [pair(product[key]).zh for key in ("name", "one", "use") for _ in range(30)]
-    words += [pair(name).zh for name in world.yesno["wider"] for _ in range(100)]
-    words += [PRONOUN["zh"]] * 500
-    templates = {
-        (world.yesno["yes_zh"], world.yesno["no_zh"], *world.yesno["zh"]): 300,
-        (world.newest["answer_zh"], *world.newest["zh"]): 100,
-    }
+    yesno, newest = world.yesno, world.newest
+    products = [product[key] for product in world.products for key in ("name", "one", "use")]
+    texts_of = [
+        (8, [fact.value.zh for fact in world.facts]),
+        (30, {fact.entity.zh for fact in world.facts}),
+        (30, [brand.zh for brand in world.brands]),
+        (30, [pair(cell).zh for cell in products]),
+        (100, [pair(name).zh for name in yesno["wider"]]),
+        (500, [PRONOUN["zh"]]),
+        (300, [yesno["yes_zh"], yesno["no_zh"], *yesno["zh"]]),
+        (100, [newest["answer_zh"], *newest["zh"]]),
+    ]
     for name, relation in world.relations.items():
-        texts = (relation["answer_zh"], relation["say_zh"], *relation["zh"])
-        texts += tuple(relation.get("zh_also", ()))
-        templates[texts] = sum(fact.relation == name for fact in world.facts)
-    for texts, often in templates.items():
+        often = sum(fact.relation == name for fact in world.facts)
+        texts = [relation["answer_zh"], relation["say_zh"], *relation["zh"]]
+        texts_of.append((often, texts + relation.get("zh_also", [])))
+    words = []
+    for often, texts in texts_of:
         for text in texts:
             words += [word for word in re.split(r"\{\w+\}", text) if word] * often
     return sorted(words)

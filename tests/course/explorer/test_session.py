@@ -76,7 +76,7 @@ def test_a_branch_starts_with_what_was_chosen(explorer):
 def test_one_flight_a_second_start_replaces_the_first(explorer):
     inside, most, lock, ended = 0, 0, threading.Lock(), []
 
-    def watch(place, text):
+    def watch(_):
         nonlocal inside, most
         with lock:
             inside += 1
@@ -87,12 +87,9 @@ def test_one_flight_a_second_start_replaces_the_first(explorer):
 
     results = []
     for number in range(4):
-        explorer.start(
-            [PromptRequest("llama-lab", "The", temperature=1, max_new_tokens=150, seed=number)] * 2,
-            Listener(
-                watch, lambda p, r: results.append(r), on_end=lambda n=number: ended.append(n)
-            ),
-        )
+        request = PromptRequest("llama-lab", "The", temperature=1, max_new_tokens=150, seed=number)
+        flight = [(request, Listener(watch, results.append))] * 2
+        explorer.start(flight, lambda n=number: ended.append(n))
     assert explorer.wait(60) and ended == [0, 1, 2, 3] and most == 1
     whole = [r for r in results if not r.stopped]
     assert len(whole) == 2 and {r.request.seed for r in whole} == {3}
@@ -102,8 +99,8 @@ def test_stop_ends_within_a_token_and_replays_to_the_same_text(explorer):
     seen = threading.Event()
     results = []
     request = PromptRequest("llama-lab", "The", temperature=1, max_new_tokens=200)
-    listener = Listener(lambda p, t: (seen.set(), time.sleep(0.02)), lambda p, r: results.append(r))
-    explorer.start([request, request], listener)
+    listener = Listener(lambda text: (seen.set(), time.sleep(0.02)), results.append)
+    explorer.start([(request, listener), (request, listener)])
     assert seen.wait(30)
     explorer.stop()
     assert explorer.wait(10) and len(results) == 1  # the second was not begun
@@ -114,14 +111,11 @@ def test_stop_ends_within_a_token_and_replays_to_the_same_text(explorer):
 
 def test_an_error_is_told_and_the_next_request_is_answered(explorer):
     errors, results, ended = [], [], []
-    listener = Listener(
-        on_result=lambda p, r: results.append(p),
-        on_error=lambda p, e: errors.append((p, e)),
-        on_end=lambda: ended.append(True),
-    )
-    explorer.start([asked("长" * 10_000), asked(top_p=0), asked()], listener)
-    assert explorer.wait(60) and ended and results == [2]
-    assert [(p, type(e)) for p, e in errors] == [(0, Incompatible), (1, UsageError)]
+    listener = Listener(on_result=results.append, on_error=errors.append)
+    requests = [asked("长" * 10_000), asked(top_p=0), asked()]
+    explorer.start([(request, listener) for request in requests], lambda: ended.append(True))
+    assert explorer.wait(60) and ended and [r.request for r in results] == [requests[2]]
+    assert [type(error) for error in errors] == [Incompatible, UsageError]
 
 
 @pytest.mark.parametrize("prompt", ["", " ", HOSTILE, "a" * 100, "\n" * 50])
@@ -134,7 +128,7 @@ def test_every_prompt_is_answered_and_comes_back_from_its_yaml(explorer, prompt,
 
 
 def test_results_are_kept_and_answered_again(kept):
-    kept.start([asked(seed=1), asked(HOSTILE, seed=2)], Listener())
+    kept.start([(asked(seed=1), Listener()), (asked(HOSTILE, seed=2), Listener())])
     assert kept.wait(60)
     first, second = AnswerHistory(kept.history.path).read()
     assert (first.request.seed, second.request.prompt) == (1, HOSTILE)
