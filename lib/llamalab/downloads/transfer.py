@@ -6,7 +6,6 @@ its path, until one has it.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from ..progress import bytes_bar, say
 from ..units import size_text
 from . import sources
 from .file_download import FileDownload
-from .sources import PATH_FORMS, NotHere
+from .sources import NotHere
 
 CONNECTIONS = 4  # at once for one large file, where the server gives parts of it
 PIECE = 32 << 20  # bytes that a connection takes on
@@ -91,9 +90,7 @@ class PartDownload:
     sources: list[str]
     connections: int
     asked: str
-
-    def __post_init__(self):
-        self._path_form = PATH_FORMS[0]  # that led to a file last, and is tried first
+    _form: int = 0  # of the path, that led to a file last; it is tried first
 
     def run(self) -> None:
         """Bring the files of the part; those that are there and right are left alone."""
@@ -111,7 +108,14 @@ class PartDownload:
         if not wanted:
             return
         if not self.sources:
-            raise self._no_source()
+            part, names = self.part.name, self.part.files
+            missing = [name for name in names if not (self.directory / name).is_file()]
+            raise NotFound(
+                f"'{part}' has no default source (missing or wrong: {', '.join(missing or names)}).",
+                "Meta's weights are under a licence: you bring a licensed copy, we ship none.",
+                f"Run 'llamalab download {self.asked} --source {part}=WHERE', where WHERE is the "
+                "directory, address or hf:OWNER/REPO of your copy.",
+            )
         with locked(self.directory):
             # Once more: another process may have brought them while we waited for the lock.
             for name, facts in self._wrong(wanted).items():
@@ -130,61 +134,42 @@ class PartDownload:
         facts = self.part.files[name]
         md5 = checklist_facts(self.directory)[0].get(name, FileFacts()).md5
         if facts.md5 and md5 and facts.md5.lower() != md5:
-            raise DamagedFile(
-                f"The checklist of '{self.part.name}' contradicts the published md5 of '{name}'.",
-                "The checklist is damaged, or belongs to another version of the files.",
-                f"Remove the checklist in '{self.directory}' and download again, "
-                "from another source.",
-            )
+            what = f"The checklist of '{self.part.name}' contradicts the published md5 of '{name}'."
+            fix = f"Remove it in '{self.directory}' and download again, from another source."
+            raise DamagedFile(what, "", fix, finding="damaged-file")
         return replace(facts, md5=facts.md5 or md5)
 
     def _bring_file(self, name: str, facts: FileFacts) -> None:
         """Try every source, and in each every form of the path, the one that worked last first."""
         failure: LabError | None = None
         (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
-        path_forms = {}
-        for path_form in (self._path_form, *PATH_FORMS):
-            path_forms.setdefault(sources.path_of(path_form, self.part.name, name), path_form)
+        forms = [f"{self.part.name}/{name}", name, name.rpartition("/")[2]]
+        last = forms[self._form]
         for source in self.sources:
-            for path, path_form in path_forms.items():
+            for path in dict.fromkeys([last, *forms]):
                 try:
                     self._bring_from(source, path, name, facts)
                 except NotHere as error:
-                    failure = failure or error.failure
+                    failure = failure or error.__cause__
                 except DamagedFile as error:
                     failure = failure or error  # a page in place of a "404", perhaps
                 else:
-                    self._path_form = path_form
+                    self._form = self._form if path == last else forms.index(path)
                     return
         raise failure or NotFound(
             f"'{name}' was not found in {' or '.join(map(sources.shown, self.sources))}.",
-            f"'{next(iter(path_forms))}' was tried there, and the shorter forms of that path.",
+            f"'{forms[0]}' was tried there, and the shorter forms of that path.",
             "Give the address of the directory that holds the file, as --source PART=WHERE.",
         )
 
     def _bring_from(self, source: str, path: str, name: str, facts: FileFacts) -> None:
         """Bring the file `path` of one source, out of the Hub's cache if it lies there."""
-        target, how = self.directory / name, (self._bar, self.connections, PIECE)
-        file_from = functools.partial(FileDownload, target, name, facts, *how)
-        if not sources.is_remote(source):
-            file = Path(source).expanduser() / path
-            if not file.is_file():
-                raise NotHere()
-            return file_from(str(file)).copy(COPIED_BELOW)
-        if source.startswith("hf:"):
-            if file := sources.cached(source, path):
-                try:
-                    return file_from(str(file)).copy(COPIED_BELOW)
-                except DamagedFile:
-                    say(f"'{path}' in the Hub cache is damaged; it is left there and fetched anew.")
-        return file_from(*sources.address(source, path)).fetch()
-
-    def _no_source(self) -> NotFound:
-        name, files = self.part.name, self.part.files
-        missing = [file for file in files if not (self.directory / file).is_file()]
-        return NotFound(
-            f"'{name}' has no default source (missing or wrong: {', '.join(missing or files)}).",
-            "Meta's weights are under a licence: you bring a licensed copy, we ship and link none.",
-            f"Run 'llamalab download {self.asked} --source {name}=WHERE', where WHERE is the "
-            "directory, address or hf:OWNER/REPO of your copy.",
-        )
+        what = (self.directory / name, name, facts, self._bar, self.connections, PIECE)
+        if file := sources.local_file(source, path):
+            try:
+                return FileDownload(*what, str(file), {}).copy(COPIED_BELOW)
+            except DamagedFile:
+                if not source.startswith("hf:"):
+                    raise
+                say(f"'{path}' in the Hub cache is damaged; it is left there and fetched anew.")
+        FileDownload(*what, *sources.address(source, path)).fetch()
