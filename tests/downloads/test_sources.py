@@ -81,6 +81,8 @@ def test_a_named_source_goes_to_its_part(loop):
     "source, error, match",
     [
         ("ftp://127.0.0.1/x", UsageError, "ftp:"),
+        ("ftp://me:secret@127.0.0.1/x", UsageError, "ftp:"),
+        ("HTTP://me:secret@127.0.0.1/x", UsageError, "HTTP:"),
         ("file:///etc", UsageError, "file:"),
         ("hf:nothing", UsageError, "hf:"),
         ("http://", UsageError, "http:"),

@@ -127,8 +127,6 @@ class FileDownload:
             while missing or hashed:
                 missing, hashed = len(partial.gaps), partial.follow()
                 self.bar.update(self._already_shown + partial.have - self.bar.n)
-                if not working:
-                    started = 0
                 if started < min(missing, self.connections if partial.size else 1):
                     # A daemon: one that waits for a silent server keeps nobody from leaving.
                     work = functools.partial(self._work, not started, ended)
@@ -137,6 +135,7 @@ class FileDownload:
                 with contextlib.suppress(queue.Empty):
                     failure = ended.get(timeout=0.02 if missing and not hashed else 0)
                     working -= 1
+                    started = started if working else 0
                     if failure:
                         raise failure
         finally:
@@ -203,11 +202,9 @@ class FileDownload:
         partial.finish(gap)
 
     def _gave_up(self, error: Exception) -> DownloadFailed:
-        return DownloadFailed(
-            f"{shown(self.url)} could not be fetched: {str(error) or type(error).__name__}.",
-            f"{ATTEMPTS} attempts in a row brought nothing new.",
-            f"{self.partial.have:,} bytes are kept; run the same command to go on from there.",
-        )
+        what = f"{shown(self.url)} could not be fetched: {str(error) or type(error).__name__}."
+        fix = f"{self.partial.have:,} bytes are kept; run the same command to go on from there."
+        return DownloadFailed(what, f"{ATTEMPTS} attempts in a row brought nothing new.", fix)
 
     def _accept(self, blame: bool = True) -> None:
         """Give the complete file its final name if its bytes are right; else remove it.
@@ -219,10 +216,8 @@ class FileDownload:
         try:
             row = compare_file(partial.path, self.name, partial.facts, self.bar.update, digests)
             if row.status == "WRONG":
-                # One of the digests says enough here; 'verify' shows them all.
-                expected, found = row.expected.split(", ")[0], row.found.split(", ")[0]
-                digest = f" Expected {expected}; found {found}." if expected else ""
-                raise self._refused(row.cause + digest)
+                seen = f" Expected {row.expected}; found {row.found}." if row.expected else ""
+                raise self._refused(row.cause + seen)
             if self.name.endswith("checklist.chk"):
                 read_checklist(partial.path)
         except DamagedFile as error:
@@ -234,8 +229,6 @@ class FileDownload:
         partial.restart()
 
     def _refused(self, cause: str) -> DamagedFile:
-        return DamagedFile(
-            f"'{self.name}' from {shown(self.url)} is not the published file, and was not kept.",
-            cause,
-            "Try again; if it stays so, give another source with --source PART=WHERE.",
-        )
+        what = f"'{self.name}' from {shown(self.url)} is not the published file, and was not kept."
+        fix = "Try again; if it stays so, give another source with --source PART=WHERE."
+        return DamagedFile(what, cause, fix)

@@ -5,7 +5,6 @@ Pure arithmetic: nothing here knows of files, threads or servers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import index
 
@@ -23,7 +22,7 @@ class Gaps(list[Gap]):
     """The gaps of one file, from front to back; each is filled from its front."""
 
     @classmethod
-    def after(cls, missing: Iterable, size: int, length: int) -> Gaps:
+    def after(cls, missing: list, size: int, length: int) -> Gaps:
         """Return the gaps of a file of `size` bytes, of which `length` lie on the disk.
 
         `missing` are the pairs (start, stop) that were last written down. Nothing is ever written
@@ -61,15 +60,10 @@ class Gaps(list[Gap]):
 
     def split(self, piece: int) -> None:
         """Cut every gap with an end into pieces of `piece` bytes, so that several may fill it."""
-        pieces = []
-        for gap in self:
-            pieces.append(gap)
-            while gap.stop is not None and gap.stop - gap.start > piece:
-                rest = Gap(gap.start + piece, gap.stop)
-                gap.stop = rest.start
-                gap = rest
-                pieces.append(gap)
-        self[:] = pieces
+        for number, gap in enumerate(self):  # which comes to what is inserted behind the gap, too
+            if gap.stop is not None and gap.stop - gap.start > piece:
+                self.insert(number + 1, Gap(gap.start + piece, gap.stop))
+                gap.stop = gap.start + piece
 
     def fill(self, gap: Gap, count: int) -> bool:
         """Take the next `count` bytes of a gap for here; return whether none of it is left."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import stat
 import threading
 import time
 from pathlib import Path
@@ -66,7 +65,7 @@ class PartialFile:
         status, promise = self.path.lstat(), FileFacts(None, saved.get("md5"), saved.get("sha256"))
         facts = filled_from(self.facts, promise)
         # A link, hard or soft, may be another name of a file of the reader's.
-        is_ours = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+        is_ours = self.path.is_file() and not self.path.is_symlink() and status.st_nlink == 1
         # Without a validator or digest nobody could tell two versions in one file.
         names = [name for name in (saved["etag"], facts.md5, facts.sha256) if name is not None]
         names_version = any(names) and all(isinstance(name, str) for name in names)
@@ -156,13 +155,12 @@ class PartialFile:
         with self._lock:
             self._require(gap)
             rest = memoryview(block)[: None if gap.stop is None else gap.stop - gap.start]
-            filled = False
             while rest:
                 with full_disk_named(self.path, *FULL):
                     count = os.pwrite(self._file, rest, gap.start)
-                filled = self.gaps.fill(gap, count)
+                self.gaps.fill(gap, count)
                 self.have, rest = self.have + count, rest[count:]
-            return filled
+            return gap.start == gap.stop
 
     def finish(self, gap: Gap) -> None:
         """Take the end of an answer for the end of the file, where nobody had said its size."""

@@ -47,16 +47,17 @@ class Head:
         Raises:
             NotHere, Again, DownloadFailed: there is no such file; not now; not in this way.
         """
-        status = self._status
-        if status in (404, 410):
+        if self._status in (404, 410):
             raise NotHere
-        if status in (401, 403):
+        if self._status in (401, 403):
             fix = "Set HF_TOKEN for a repository you have access to, or check the address."
-            raise NotHere from DownloadFailed(f"{shown(url)} was refused ({status}).", "", fix)
-        if status in (408, 425, 429) or status >= 500:
-            raise Again(f"the server answered {status}", self.retry_after)
-        if status not in (200, 206, 416):
-            raise DownloadFailed(f"{shown(url)} was answered with status {status}.")
+            raise NotHere from DownloadFailed(
+                f"{shown(url)} was refused ({self._status}).", "", fix
+            )
+        if self._status in (408, 425, 429) or self._status >= 500:
+            raise Again(f"the server answered {self._status}", self.retry_after)
+        if self._status not in (200, 206, 416):
+            raise DownloadFailed(f"{shown(url)} was answered with status {self._status}.")
 
     @property
     def retry_after(self) -> float | None:
@@ -76,9 +77,8 @@ class Head:
             return 0
         number, text = "([0-9]{1,18})", self._headers.get("Content-Range", "")
         span = re.fullmatch(rf"bytes {number}-{number}/({number}|[*])", text)
-        if not span or int(span[1]) > int(span[2]):
-            return None
-        return int(span[1]) if span[3] == "*" or int(span[2]) < int(span[3]) else None
+        total = float("inf") if not span or span[3] == "*" else int(span[3])
+        return int(span[1]) if span and int(span[1]) <= int(span[2]) < total else None
 
     @property
     def total_size(self) -> int | None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import httpx
-import huggingface_hub
-from huggingface_hub import utils
+import huggingface_hub.utils
 
 from ..catalog import Part, project_directory
 from ..errors import DownloadFailed, NotFound, UsageError
@@ -20,7 +18,7 @@ class NotHere(Exception):
     """There is no such file; another form of its path may be tried. Its cause says more, if any."""
 
 
-def assign(parts: tuple[Part, ...], sources: Iterable[str]) -> dict[str, list[str]]:
+def assign(parts: tuple[Part, ...], sources: list[str]) -> dict[str, list[str]]:
     """Return {part name: its sources, to be tried in order}.
 
     Raises:
@@ -31,8 +29,7 @@ def assign(parts: tuple[Part, ...], sources: Iterable[str]) -> dict[str, list[st
         named = re.fullmatch(r"(?s)([\w.-]+)=(.*)", source)
         head, where = named.groups() if named else ("", source)
         if named and head not in by_part:
-            known = ", ".join(by_part)
-            raise UsageError(f"'{head}' is not a part of it.", f"The parts are {known}.")
+            raise UsageError(f"'{head}' is not a part of it.", f"It has {', '.join(by_part)}.")
         _require_readable(where)
         takers = [head] if named else [part.name for part in parts if part.source is None]
         if not takers:
@@ -54,14 +51,12 @@ def _require_readable(where: str) -> None:
     """Refuse what is neither an http(s) address, nor hf:OWNER/REPO, nor a directory."""
     with contextlib.suppress(httpx.InvalidURL, ValueError):
         if hub := re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(@[\w./-]+)?", where):
-            return utils.validate_repo_id(hub[1])
+            return huggingface_hub.utils.validate_repo_id(hub[1])
         if re.match("https?://[^/]", where) and httpx.URL(where).host and urlsplit(where).port != 0:
             return
     if re.match(r"[\w+.-]+://|hf:|https?:", where):
-        raise UsageError(
-            f"'{shown(where)}' is not a complete address or Hub repository.",
-            "Only http:// and https:// addresses, hf:OWNER/REPO and directories can be read.",
-        )
+        what = f"'{shown(where)}' is not a complete address or Hub repository."
+        raise UsageError(what, "A source is an http(s):// address, hf:OWNER/REPO or a directory.")
     if not where or "\0" in where or not Path(where).expanduser().is_dir():
         raise NotFound(f"There is no directory {where!r}.", "It was given as a source.")
 
@@ -95,7 +90,7 @@ def address(where: str, path: str) -> tuple[str, dict[str, str]]:
         fix = "Unset HF_HUB_OFFLINE, or give a directory as --source PART=WHERE."
         raise NotHere from DownloadFailed(what, "", fix)
     url = huggingface_hub.hf_hub_url(**_repository(where), filename=path)
-    return url, utils.build_hf_headers(library_name="llamalab")
+    return url, huggingface_hub.utils.build_hf_headers(library_name="llamalab")
 
 
 def _repository(where: str) -> dict[str, str | None]:

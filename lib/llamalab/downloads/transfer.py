@@ -6,13 +6,10 @@ its path, until one has it.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import catalog
-from ..catalog import FileFacts, Part, models_directory, sizes
 from ..checkpoints import bytes_arrived, checklist_facts, compare_file, is_safe_relative
 from ..errors import DamagedFile, LabError, NotFound
 from ..files import locked, require_room
@@ -20,7 +17,6 @@ from ..progress import bytes_bar, say
 from ..units import size_text
 from . import sources
 from .file_download import FileDownload
-from .sources import NotHere
 
 CONNECTIONS = 4  # at once for one large file, where the server gives parts of it
 PIECE = 32 << 20  # bytes that a connection takes on
@@ -29,8 +25,8 @@ COPIED_BELOW = 64 << 20  # bytes of a local file; a larger one is linked
 
 def download(
     name: str,
-    models_dir: str | os.PathLike = "",
-    source: str | Iterable[str] = (),
+    models_dir: str | Path = "",
+    source: str | list[str] = "",
     connections: int = CONNECTIONS,
 ) -> list[Path]:
     """Bring every part of `name`, a model or a part, to its directory; return the directories.
@@ -50,7 +46,7 @@ def download(
     parts = catalog.parts_of(name)
     given = [source] if isinstance(source, str) else source
     by_part = sources.assign(parts, [item for item in given if item])
-    root = models_directory(models_dir)
+    root = catalog.models_directory(models_dir)
     needed = sum(_needed(part, root / part.name) for part in parts if by_part[part.name])
     if needed > 0:
         free = size_text(require_room(root, needed))
@@ -60,14 +56,14 @@ def download(
     return [root / part.name for part in parts]
 
 
-def _needed(part: Part, directory: Path) -> int:
+def _needed(part: catalog.Part, directory: Path) -> int:
     """Return the bytes that are still to come, an adapter's weights by arithmetic."""
     total = 0
     for name, facts in part.files.items():
         path, size = directory / name, facts.size
         base = catalog.parts().get(part.base)
         if size is None and base and name.startswith("adapter_model"):
-            size = sizes.adapter_bytes(part, base.shape)
+            size = catalog.adapter_bytes(part, base.shape)
         if not path.is_file() or facts.size not in (None, path.stat().st_size):
             total += max(0, (size or 0) - bytes_arrived(path))
     return total
@@ -85,7 +81,7 @@ class PartDownload:
         asked: the name of model or part that the reader gave.
     """
 
-    part: Part
+    part: catalog.Part
     directory: Path
     sources: list[str]
     connections: int
@@ -118,28 +114,28 @@ class PartDownload:
             )
         with locked(self.directory):
             # Once more: another process may have brought them while we waited for the lock.
-            for name, facts in self._wrong(wanted).items():
+            for name, facts in self._wrong(list(wanted)).items():
                 self._bring_file(name, facts)
 
-    def _wrong(self, names: Iterable[str], on_bytes=None) -> dict[str, FileFacts]:
+    def _wrong(self, names: list[str], on_bytes=None) -> dict[str, catalog.FileFacts]:
         """Return what is known of those files that are missing or wrong."""
         known = {name: self._known(name) for name in names}
         rows = [compare_file(self.directory / name, name, known[name], on_bytes) for name in known]
         return {row.name: known[row.name] for row in rows if row.is_bad}
 
-    def _known(self, name: str) -> FileFacts:
+    def _known(self, name: str) -> catalog.FileFacts:
         """Return the catalogue's facts of a file, with the md5 of the part's checklist."""
         if not is_safe_relative(name):
             raise DamagedFile(f"The file name '{name}' leads outside the part's directory.")
         facts = self.part.files[name]
-        md5 = checklist_facts(self.directory)[0].get(name, FileFacts()).md5
+        md5 = checklist_facts(self.directory)[0].get(name, catalog.FileFacts()).md5
         if facts.md5 and md5 and facts.md5.lower() != md5:
             what = f"The checklist of '{self.part.name}' contradicts the published md5 of '{name}'."
             fix = f"Remove it in '{self.directory}' and download again, from another source."
             raise DamagedFile(what, "", fix, finding="damaged-file")
         return replace(facts, md5=facts.md5 or md5)
 
-    def _bring_file(self, name: str, facts: FileFacts) -> None:
+    def _bring_file(self, name: str, facts: catalog.FileFacts) -> None:
         """Try every source, and in each every form of the path, the one that worked last first."""
         failure: LabError | None = None
         (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +145,7 @@ class PartDownload:
             for path in dict.fromkeys([last, *forms]):
                 try:
                     self._bring_from(source, path, name, facts)
-                except NotHere as error:
+                except sources.NotHere as error:
                     failure = failure or error.__cause__
                 except DamagedFile as error:
                     failure = failure or error  # a page in place of a "404", perhaps
@@ -162,7 +158,7 @@ class PartDownload:
             "Give the address of the directory that holds the file, as --source PART=WHERE.",
         )
 
-    def _bring_from(self, source: str, path: str, name: str, facts: FileFacts) -> None:
+    def _bring_from(self, source: str, path: str, name: str, facts: catalog.FileFacts) -> None:
         """Bring the file `path` of one source, out of the Hub's cache if it lies there."""
         what = (self.directory / name, name, facts, self._bar, self.connections, PIECE)
         if file := sources.local_file(source, path):
