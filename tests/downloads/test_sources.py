@@ -13,6 +13,7 @@ from collections import namedtuple
 import pytest
 
 import served
+from llamalab.catalog.catalog import FileFacts
 from llamalab.downloads import sources, transfer
 from llamalab.errors import LabError, NotFound, UsageError
 from llamalab_course.file_server import Fault, serve_files
@@ -33,9 +34,12 @@ def test_a_query_and_a_password_go_along_and_are_not_shown(loop, tmp_path):
     assert BIG in sidecar.read_text() and "secret" not in sidecar.read_text()
 
 
-def test_the_forms_of_a_path():
-    paths = [sources.path_of(path_form, "tiny", "S/w.{0}.pth") for path_form in sources.PATH_FORMS]
-    assert paths == ["tiny/S/w.{0}.pth", "S/w.{0}.pth", "w.{0}.pth"]
+def test_the_forms_of_a_path(loop, tables):
+    tables["tiny"].files["S/w.{0}.pth"] = FileFacts()
+    with pytest.raises(NotFound, match="was not found in"):
+        loop.download()
+    asked = [r.path for r in loop.log if r.path.endswith("w.{0}.pth")]
+    assert asked == ["tiny/S/w.{0}.pth", "S/w.{0}.pth", "w.{0}.pth"]
 
 
 def test_credentials_stay_with_the_host_they_were_given_for(loop, tmp_path):
@@ -77,6 +81,8 @@ def test_a_named_source_goes_to_its_part(loop):
     "source, error, match",
     [
         ("ftp://127.0.0.1/x", UsageError, "ftp:"),
+        ("ftp://me:secret@127.0.0.1/x", UsageError, "ftp:"),
+        ("HTTP://me:secret@127.0.0.1/x", UsageError, "HTTP:"),
         ("file:///etc", UsageError, "file:"),
         ("hf:nothing", UsageError, "hf:"),
         ("http://", UsageError, "http:"),

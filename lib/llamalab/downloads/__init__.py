@@ -2,10 +2,4 @@
 
 import lazy_loader
 
-_FACE = {
-    "transfer": "download",
-}
-
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={module: names.split() for module, names in _FACE.items()}
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, None, {"transfer": ["download"]})

@@ -14,19 +14,16 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
-from tqdm import tqdm
 
 from ..catalog import FileFacts
 from ..checkpoints import compare_file, diagnose_head, read_checklist
 from ..errors import DamagedFile, DownloadFailed, NotEnoughRoom
 from ..files import require_room
-from ..progress import say
+from ..progress import say, terminal_bar
 from .gaps import Gap
 from .partial_file import PartialFile, Stale
 from .response import Again, Head
@@ -58,11 +55,11 @@ class FileDownload:
     target: Path
     name: str
     facts: FileFacts
-    bar: tqdm
+    bar: terminal_bar
     connections: int
     piece: int
     url: str
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: dict[str, str]
 
     def __post_init__(self):
         self.partial = PartialFile(self.target, shown(self.url), self.facts)
@@ -98,33 +95,23 @@ class FileDownload:
         """
         logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole addresses, secrets too
         # A proxy that is set for the outside world cannot reach this machine's own loopback.
-        own = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
+        own = httpx.URL(self.url).host in ("127.0.0.1", "localhost", "::1")
         options = {"verify": _certificates(), "follow_redirects": True, "trust_env": not own}
         with httpx.Client(timeout=httpx.Timeout(STALL_SECONDS), **options) as self._client:
-            furthest, fruitless, in_one_piece = self.partial.have, 0, False
-            while True:
+            for attempt in range(ATTEMPTS):
+                if attempt:
+                    self.partial.restart()
+                    self.connections = 1
                 try:
                     self._receive()
+                    # Pieces of two versions, perhaps: once more in one before we blame it.
+                    return self._accept(blame=attempt > 1 or not self.partial.joined)
                 except Stale as error:
-                    fruitless = 0 if self.partial.have > furthest else fruitless + 1
-                    furthest = max(furthest, self.partial.have)
-                    if fruitless >= ATTEMPTS:
-                        raise self._gave_up(error) from None
+                    failure = self._gave_up(error)
                 except KeyboardInterrupt:
-                    kept = f"{self.partial.have:,} bytes of '{self.name}' are kept"
-                    say(f"{kept}; the same download goes on there.")
+                    say(f"{self.partial.have:,} bytes of '{self.name}' are kept for the next time.")
                     raise
-                else:
-                    joined = self.partial.joined
-                    try:
-                        return self._accept()
-                    except DamagedFile:
-                        # Pieces of two versions, perhaps: once more in one before we blame it.
-                        if not joined or in_one_piece:
-                            raise
-                        in_one_piece = True
-                self.partial.restart()
-                self.connections = 1
+            raise failure
 
     def _receive(self) -> None:
         """Fill every gap, over several connections where that is of use.
@@ -133,41 +120,31 @@ class FileDownload:
         its gap back, and what it met the first will meet, too.
         """
         partial, ended, started, working = self.partial, queue.SimpleQueue(), 0, 0
+        missing = hashed = True
         try:
-            while partial.gaps:
-                if not working:
-                    started = 0
-                useful = min(self.connections, len(partial.gaps)) if partial.size else 1
-                if started < useful:
+            while missing or hashed:
+                missing, hashed = len(partial.gaps), partial.follow()
+                self.bar.update(self._already_shown + partial.have - self.bar.n)
+                if started < min(missing, self.connections if partial.size else 1):
                     # A daemon: one that waits for a silent server keeps nobody from leaving.
                     work = functools.partial(self._work, not started, ended)
                     threading.Thread(target=work, daemon=True).start()
                     started, working = started + 1, working + 1
-                wait = 0 if partial.follow() else 0.02
-                self._show_progress()
                 with contextlib.suppress(queue.Empty):
-                    failure = ended.get(timeout=wait)
+                    failure = ended.get(timeout=0.02 if missing and not hashed else 0)
                     working -= 1
+                    started = started if working else 0
                     if failure:
                         raise failure
-            while partial.follow():
-                pass
-            self._show_progress()
-        except BaseException:
+        finally:
             partial.stop()
-            raise
-
-    def _show_progress(self) -> None:
-        self.bar.update(self._already_shown + self.partial.have - self.bar.n)
 
     def _work(self, first: bool, ended: queue.SimpleQueue) -> None:
-        failure = None
         try:
             self._fill_gaps()
+            ended.put(None)
         except BaseException as error:  # it belongs to the thread that waits for us
-            if first or isinstance(error, (NotEnoughRoom, Stale)):
-                failure = error
-        ended.put(failure)
+            ended.put(error if first or isinstance(error, (NotEnoughRoom, Stale)) else None)
 
     def _fill_gaps(self) -> None:
         """Fill one gap after another, and try again where another attempt may help."""
@@ -186,7 +163,7 @@ class FileDownload:
                     raise self._gave_up(error) from None
                 wait = getattr(error, "wait", None)
             finally:
-                self.partial.give_back(gap)
+                gap.taken = False  # another may take what is left of it
             wait = BACK_OFF_SECONDS * 2**fruitless if wait is None else wait
             time.sleep(min(wait, LONGEST_WAIT))
 
@@ -198,8 +175,12 @@ class FileDownload:
             Stale: what comes does not go with what is here.
             DamagedFile: the server offers something else; what has arrived before is kept.
         """
-        partial = self.partial
-        with self._client.stream("GET", self.url, headers=self._request_for(gap)) as response:
+        partial, headers = self.partial, {**self.headers, "Accept-Encoding": "identity"}
+        if gap.start or gap.stop != partial.size:
+            last = "" if gap.stop == partial.size else gap.stop - 1
+            headers["Range"] = f"bytes={gap.start}-{last}"
+            headers |= {"If-Range": partial.etag} if partial.etag else {}
+        with self._client.stream("GET", self.url, headers=headers) as response:
             head = Head(response)
             head.require_bytes(self.url)
             ends_here = response.status_code == 416 and head.total_size == gap.start
@@ -218,47 +199,34 @@ class FileDownload:
             raise Again("the connection was cut")
         partial.finish(gap)
 
-    def _request_for(self, gap: Gap) -> dict[str, str]:
-        """Return the headers that ask for the bytes of a gap."""
-        headers = {**self.headers, "Accept-Encoding": "identity"}
-        if gap.start or gap.stop != self.partial.size:
-            last = "" if gap.stop == self.partial.size else gap.stop - 1
-            headers["Range"] = f"bytes={gap.start}-{last}"
-            headers |= {"If-Range": self.partial.etag} if self.partial.etag else {}
-        return headers
-
     def _gave_up(self, error: Exception) -> DownloadFailed:
-        return DownloadFailed(
-            f"{shown(self.url)} could not be fetched: {str(error) or type(error).__name__}.",
-            f"{ATTEMPTS} attempts in a row brought nothing new.",
-            f"{self.partial.have:,} bytes are kept; run the same command to go on from there.",
-        )
+        what = f"{shown(self.url)} could not be fetched: {str(error) or type(error).__name__}."
+        fix = f"{self.partial.have:,} bytes are kept; run the same command to go on from there."
+        return DownloadFailed(what, f"{ATTEMPTS} attempts in a row brought nothing new.", fix)
 
-    def _accept(self) -> None:
-        """Give the complete file its final name if its bytes are right; else remove it."""
+    def _accept(self, blame: bool = True) -> None:
+        """Give the complete file its final name if its bytes are right; else remove it.
+
+        Raises:
+            DamagedFile: it is not the published file; Stale in its place without `blame`.
+        """
         partial, digests = self.partial, self.partial.digests()
-        partial.close()
         try:
             row = compare_file(partial.path, self.name, partial.facts, self.bar.update, digests)
             if row.status == "WRONG":
-                # One of the digests says enough here; 'verify' shows them all.
-                expected, found = row.expected.split(", ")[0], row.found.split(", ")[0]
-                digest = f" Expected {expected}; found {found}." if expected else ""
-                raise self._refused(row.cause + digest)
+                seen = f" Expected {row.expected}; found {row.found}." if row.expected else ""
+                raise self._refused(row.cause + seen)
             if self.name.endswith("checklist.chk"):
                 read_checklist(partial.path)
-        except DamagedFile:
+        except DamagedFile as error:
             partial.restart()
-            raise
+            raise error if blame else Stale("its pieces do not fit together") from None
         with open(partial.path, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial.path, self.target)
         partial.restart()
 
     def _refused(self, cause: str) -> DamagedFile:
-        return DamagedFile(
-            f"'{self.name}' from {shown(self.url)} is not the published file, and was not kept.",
-            cause,
-            "Try again; if it stays so, the source is at fault: "
-            "give another with --source PART=WHERE.",
-        )
+        what = f"'{self.name}' from {shown(self.url)} is not the published file, and was not kept."
+        fix = "Try again; if it stays so, give another source with --source PART=WHERE."
+        return DamagedFile(what, cause, fix)

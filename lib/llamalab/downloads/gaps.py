@@ -5,7 +5,6 @@ Pure arithmetic: nothing here knows of files, threads or servers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import index
 
@@ -19,14 +18,11 @@ class Gap:
     taken: bool = False
 
 
-class Gaps:
+class Gaps(list[Gap]):
     """The gaps of one file, from front to back; each is filled from its front."""
 
-    def __init__(self, gaps: Iterable[Gap] = ()):
-        self._gaps = list(gaps)
-
     @classmethod
-    def after(cls, missing: Iterable, size: int, length: int) -> Gaps:
+    def after(cls, missing: list, size: int, length: int) -> Gaps:
         """Return the gaps of a file of `size` bytes, of which `length` lie on the disk.
 
         `missing` are the pairs (start, stop) that were last written down. Nothing is ever written
@@ -51,44 +47,32 @@ class Gaps:
             raise ValueError(f"{length} bytes are not the {here_until} to {size} of these gaps")
         return cls(gap for gap in gaps if gap.start < gap.stop)
 
-    def __iter__(self) -> Iterator[Gap]:
-        return iter(self._gaps)
-
-    def __len__(self) -> int:
-        return len(self._gaps)
-
     def spans(self) -> list[list[int | None]]:
         """Return [start, stop] of each gap, as `after` takes them."""
-        return [[gap.start, gap.stop] for gap in self._gaps]
+        return [[gap.start, gap.stop] for gap in self]
 
     def take(self) -> Gap | None:
         """Return the first gap that nobody fills, which is taken then; None if there is none."""
-        gap = next((gap for gap in self._gaps if not gap.taken), None)
+        gap = next((gap for gap in self if not gap.taken), None)
         if gap:
             gap.taken = True
         return gap
 
     def split(self, piece: int) -> None:
         """Cut every gap with an end into pieces of `piece` bytes, so that several may fill it."""
-        pieces = []
-        for gap in self._gaps:
-            pieces.append(gap)
-            while gap.stop is not None and gap.stop - gap.start > piece:
-                rest = Gap(gap.start + piece, gap.stop)
-                gap.stop = rest.start
-                gap = rest
-                pieces.append(gap)
-        self._gaps = pieces
+        for number, gap in enumerate(self):  # which comes to what is inserted behind the gap, too
+            if gap.stop is not None and gap.stop - gap.start > piece:
+                self.insert(number + 1, Gap(gap.start + piece, gap.stop))
+                gap.stop = gap.start + piece
 
     def fill(self, gap: Gap, count: int) -> bool:
         """Take the next `count` bytes of a gap for here; return whether none of it is left."""
         gap.start += count
         if gap.start == gap.stop:
-            self._gaps.remove(gap)
+            self.remove(gap)
         return gap.start == gap.stop
 
     def end_at(self, size: int) -> None:
         """Let the last gap, which had no end, end at `size`."""
-        last = self._gaps[-1]
-        last.stop = size
-        self.fill(last, 0)
+        self[-1].stop = size
+        self.fill(self[-1], 0)

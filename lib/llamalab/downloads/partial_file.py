@@ -9,10 +9,8 @@ digests follow the part without a gap, out of the system's memory of what was ju
 import contextlib
 import json
 import os
-import stat
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from ..catalog import FileFacts
@@ -51,10 +49,9 @@ class PartialFile:
         self.url, self._published = url, facts
         self._lock, self._file = threading.Lock(), None
         self._forget()
-        try:
+        # What does not fit, being of another source perhaps, goes with the first byte.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             self._resume(json.loads(self.sidecar.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            self._forget()  # what is here, of another source perhaps, goes with the first byte
 
     def _forget(self) -> None:
         self.facts, self.etag, self.size = self._published, None, None
@@ -64,16 +61,14 @@ class PartialFile:
     def _resume(self, saved: dict) -> None:
         """Take up what is here, by the sidecar's content; any error says that it does not fit."""
         status, promise = self.path.lstat(), FileFacts(None, saved.get("md5"), saved.get("sha256"))
-        # A link, hard or soft, may be another name of a file of the reader's.
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            raise ValueError("not a file of ours")
-        texts = (saved["etag"], promise.md5, promise.sha256)
-        if not all(isinstance(text, str | None) for text in texts):
-            raise ValueError("these are no texts")
         facts = filled_from(self.facts, promise)
+        # A link, hard or soft, may be another name of a file of the reader's.
+        is_ours = self.path.is_file() and not self.path.is_symlink() and status.st_nlink == 1
         # Without a validator or digest nobody could tell two versions in one file.
-        if saved["url"] != self.url or not (saved["etag"] or facts.md5 or facts.sha256):
-            raise ValueError("of unknown origin")
+        names = [name for name in (saved["etag"], facts.md5, facts.sha256) if name is not None]
+        names_version = any(names) and all(isinstance(name, str) for name in names)
+        if not is_ours or not names_version or saved["url"] != self.url:
+            raise ValueError("what is here may be another file")
         size, length = saved["size"], status.st_size
         if size is None:
             self.have, self.gaps = length, Gaps([Gap(length, None)])
@@ -88,8 +83,8 @@ class PartialFile:
         with self._lock:
             self.close()
             # Removed, never emptied: the name may be a hard link to a file of the reader's.
-            self.path.unlink(missing_ok=True)
-            self.sidecar.unlink(missing_ok=True)
+            for path in (self.path, self.sidecar, partial_of(self.sidecar)):
+                path.unlink(missing_ok=True)
             self._forget()
 
     def stop(self) -> None:
@@ -148,10 +143,6 @@ class PartialFile:
         with self._lock:
             return self.gaps.take()
 
-    def give_back(self, gap: Gap) -> None:
-        """Let another take what is left of `gap`."""
-        gap.taken = False
-
     def write(self, gap: Gap, block: bytes) -> bool:
         """Put the next bytes of `gap` in their place; return whether it is filled.
 
@@ -162,13 +153,12 @@ class PartialFile:
         with self._lock:
             self._require(gap)
             rest = memoryview(block)[: None if gap.stop is None else gap.stop - gap.start]
-            filled = False
             while rest:
                 with full_disk_named(self.path, *FULL):
                     count = os.pwrite(self._file, rest, gap.start)
-                filled = self.gaps.fill(gap, count)
+                self.gaps.fill(gap, count)
                 self.have, rest = self.have + count, rest[count:]
-            return filled
+            return gap.start == gap.stop
 
     def finish(self, gap: Gap) -> None:
         """Take the end of an answer for the end of the file, where nobody had said its size."""
@@ -188,13 +178,10 @@ class PartialFile:
         """
         saved = {"url": self.url, "etag": self.etag, "size": self.size}
         saved |= {"missing": self.gaps.spans(), "md5": self.facts.md5, "sha256": self.facts.sha256}
-        unfinished = self.sidecar.with_name(self.sidecar.name + ".new")
-        try:
-            with full_disk_named(self.path, *FULL):
-                unfinished.write_text(json.dumps(saved), encoding="utf-8")
-            os.replace(unfinished, self.sidecar)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        unfinished = partial_of(self.sidecar)
+        with full_disk_named(self.path, *FULL):
+            unfinished.write_text(json.dumps(saved), encoding="utf-8")
+        os.replace(unfinished, self.sidecar)
         self._written_at = time.monotonic()
 
     def follow(self) -> bool:
@@ -223,4 +210,4 @@ class PartialFile:
 def filled_from(facts: FileFacts, more: FileFacts) -> FileFacts:
     """Return `facts` with what only `more` says."""
     known = {name: value for name, value in vars(facts).items() if value is not None}
-    return replace(more, **known)
+    return FileFacts(**vars(more) | known)

@@ -24,11 +24,20 @@ class Again(Exception):
 
 
 class Head:
-    """The head of an answer, as far as it speaks of the file that was asked for."""
+    """The head of an answer, as far as it speaks of the file that was asked for.
+
+    Attributes:
+        is_encoded: whether what comes are not the file's own bytes, but those compressed, say.
+        is_part: whether a part of the file comes.
+        gives_parts: whether the server sends parts of the file to whoever asks for one.
+    """
 
     def __init__(self, response: httpx.Response):
         self._response, self._headers = response, response.headers
         self._status = response.status_code
+        self.is_encoded = self._headers.get("Content-Encoding", "identity") != "identity"
+        self.is_part = self._status == 206
+        self.gives_parts = self.is_part or self._headers.get("Accept-Ranges") == "bytes"
 
     def require_bytes(self, url: str) -> None:
         """Raise what the answer's status means, unless it brings bytes or says there are none.
@@ -36,47 +45,28 @@ class Head:
         Raises:
             NotHere, Again, DownloadFailed: there is no such file; not now; not in this way.
         """
-        status = self._status
-        if status in (404, 410):
-            raise NotHere()
-        if status in (401, 403):
-            raise NotHere(
-                DownloadFailed(
-                    f"{shown(url)} was refused ({status}).",
-                    "The server wants to know who you are, or has no such file.",
-                    "Set HF_TOKEN for a repository you have access to, or check the address.",
-                )
+        if self._status in (404, 410):
+            raise NotHere
+        if self._status in (401, 403):
+            fix = "Set HF_TOKEN for a repository you have access to, or check the address."
+            raise NotHere from DownloadFailed(
+                f"{shown(url)} was refused ({self._status}).", "", fix
             )
-        if status in (408, 425, 429) or status >= 500:
-            raise Again(f"the server answered {status}", self.retry_after)
-        if status not in (200, 206, 416):
-            raise DownloadFailed(f"{shown(url)} was answered with status {status}.")
+        if self._status in (408, 425, 429) or self._status >= 500:
+            raise Again(f"the server answered {self._status}", self.retry_after)
+        if self._status not in (200, 206, 416):
+            raise DownloadFailed(f"{shown(url)} was answered with status {self._status}.")
 
     @property
     def retry_after(self) -> float | None:
         """The seconds that the server asks to wait; the header is a number or a date."""
         text = self._headers.get("Retry-After", "")
-        if re.fullmatch("[0-9]{1,9}", text):
-            return float(text)
         try:
+            if text.isdecimal():
+                return int(text)
             return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
         except (ValueError, OverflowError):
             return None
-
-    @property
-    def is_encoded(self) -> bool:
-        """Whether what comes are not the file's own bytes, but those compressed, say."""
-        return self._headers.get("Content-Encoding", "identity") != "identity"
-
-    @property
-    def is_part(self) -> bool:
-        """Whether a part of the file comes."""
-        return self._status == 206
-
-    @property
-    def gives_parts(self) -> bool:
-        """Whether the server sends parts of the file to whoever asks for one."""
-        return self.is_part or self._headers.get("Accept-Ranges") == "bytes"
 
     @property
     def first_byte(self) -> int | None:
@@ -85,9 +75,8 @@ class Head:
             return 0
         number, text = "([0-9]{1,18})", self._headers.get("Content-Range", "")
         span = re.fullmatch(rf"bytes {number}-{number}/({number}|[*])", text)
-        if not span or int(span[1]) > int(span[2]):
-            return None
-        return int(span[1]) if span[3] == "*" or int(span[2]) < int(span[3]) else None
+        total = float("inf") if not span or span[3] == "*" else int(span[3])
+        return int(span[1]) if span and int(span[1]) <= int(span[2]) < total else None
 
     @property
     def total_size(self) -> int | None:
@@ -123,11 +112,8 @@ class Head:
             text = ",".join(self._headers.get(name, "") for name in ("Repr-Digest", "Digest"))
             if self._status == 200:  # of a part, it is the part's
                 text += ",md5=" + self._headers.get("Content-MD5", "")
-            for name, value in re.findall(r"([\w-]+)=:?([A-Za-z0-9+/]+=*)", text):
-                if name.lower() == "sha-256":
-                    sha256 = sha256 or _hexadecimal(value, 32)
-                elif name.lower() == "md5":
-                    md5 = md5 or _hexadecimal(value, 16)
+            sha256 = sha256 or _digest(text, "sha-256=:?([a-z0-9+/]{43}=)")
+            md5 = _digest(text, "md5=:?([a-z0-9+/]{22}==)")
         return FileFacts(size, md5, sha256)
 
     def contradiction(self, known: FileFacts) -> str:
@@ -143,9 +129,7 @@ class Head:
         return ""
 
 
-def _hexadecimal(text: str, length: int) -> str | None:
-    try:
-        value = base64.b64decode(text, validate=True)
-    except ValueError:
-        return None
-    return value.hex() if len(value) == length else None
+def _digest(text: str, pattern: str) -> str | None:
+    """Return in hexadecimal what `pattern` finds in base64; a name before it is a whole word."""
+    match = re.search(rf"(?<![\w-]){pattern}", text, re.ASCII | re.IGNORECASE)
+    return base64.b64decode(match[1]).hex() if match else None

@@ -4,14 +4,12 @@ A model is its parts, a part its files; each file is asked for at every source, 
 its path, until one has it.
 """
 
-import functools
-import os
-from collections.abc import Iterable
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import catalog
-from ..catalog import FileFacts, Part, models_directory, sizes
 from ..checkpoints import bytes_arrived, checklist_facts, compare_file, is_safe_relative
 from ..errors import DamagedFile, LabError, NotFound
 from ..files import locked, require_room
@@ -19,7 +17,6 @@ from ..progress import bytes_bar, say
 from ..units import size_text
 from . import sources
 from .file_download import FileDownload
-from .sources import PATH_FORMS, NotHere
 
 CONNECTIONS = 4  # at once for one large file, where the server gives parts of it
 PIECE = 32 << 20  # bytes that a connection takes on
@@ -28,8 +25,8 @@ COPIED_BELOW = 64 << 20  # bytes of a local file; a larger one is linked
 
 def download(
     name: str,
-    models_dir: str | os.PathLike = "",
-    source: str | Iterable[str] = (),
+    models_dir: str | Path = "",
+    source: str | list[str] = "",
     connections: int = CONNECTIONS,
 ) -> list[Path]:
     """Bring every part of `name`, a model or a part, to its directory; return the directories.
@@ -49,7 +46,7 @@ def download(
     parts = catalog.parts_of(name)
     given = [source] if isinstance(source, str) else source
     by_part = sources.assign(parts, [item for item in given if item])
-    root = models_directory(models_dir)
+    root = catalog.models_directory(models_dir)
     needed = sum(_needed(part, root / part.name) for part in parts if by_part[part.name])
     if needed > 0:
         free = size_text(require_room(root, needed))
@@ -59,14 +56,14 @@ def download(
     return [root / part.name for part in parts]
 
 
-def _needed(part: Part, directory: Path) -> int:
+def _needed(part: catalog.Part, directory: Path) -> int:
     """Return the bytes that are still to come, an adapter's weights by arithmetic."""
     total = 0
     for name, facts in part.files.items():
         path, size = directory / name, facts.size
         base = catalog.parts().get(part.base)
         if size is None and base and name.startswith("adapter_model"):
-            size = sizes.adapter_bytes(part, base.shape)
+            size = catalog.adapter_bytes(part, base.shape)
         if not path.is_file() or facts.size not in (None, path.stat().st_size):
             total += max(0, (size or 0) - bytes_arrived(path))
     return total
@@ -84,14 +81,12 @@ class PartDownload:
         asked: the name of model or part that the reader gave.
     """
 
-    part: Part
+    part: catalog.Part
     directory: Path
     sources: list[str]
     connections: int
     asked: str
-
-    def __post_init__(self):
-        self._path_form = PATH_FORMS[0]  # that led to a file last, and is tried first
+    _form: int = 0  # of the path, that led to a file last; it is tried first
 
     def run(self) -> None:
         """Bring the files of the part; those that are there and right are left alone."""
@@ -109,80 +104,68 @@ class PartDownload:
         if not wanted:
             return
         if not self.sources:
-            raise self._no_source()
+            part, names = self.part.name, self.part.files
+            missing = [name for name in names if not (self.directory / name).is_file()]
+            raise NotFound(
+                f"'{part}' has no default source (missing or wrong: {', '.join(missing or names)}).",
+                "Meta's weights are under a licence: you bring a licensed copy, we ship none.",
+                f"Run 'llamalab download {self.asked} --source {part}=WHERE', where WHERE is the "
+                "directory, address or hf:OWNER/REPO of your copy.",
+            )
         with locked(self.directory):
             # Once more: another process may have brought them while we waited for the lock.
-            for name, facts in self._wrong(wanted).items():
+            for name, facts in self._wrong(list(wanted)).items():
                 self._bring_file(name, facts)
 
-    def _wrong(self, names: Iterable[str], on_bytes=None) -> dict[str, FileFacts]:
+    def _wrong(self, names: list[str], on_bytes=None) -> dict[str, catalog.FileFacts]:
         """Return what is known of those files that are missing or wrong."""
         known = {name: self._known(name) for name in names}
         rows = [compare_file(self.directory / name, name, known[name], on_bytes) for name in known]
         return {row.name: known[row.name] for row in rows if row.is_bad}
 
-    def _known(self, name: str) -> FileFacts:
+    def _known(self, name: str) -> catalog.FileFacts:
         """Return the catalogue's facts of a file, with the md5 of the part's checklist."""
         if not is_safe_relative(name):
             raise DamagedFile(f"The file name '{name}' leads outside the part's directory.")
         facts = self.part.files[name]
-        md5 = checklist_facts(self.directory)[0].get(name, FileFacts()).md5
+        md5 = checklist_facts(self.directory)[0].get(name, catalog.FileFacts()).md5
         if facts.md5 and md5 and facts.md5.lower() != md5:
-            raise DamagedFile(
-                f"The checklist of '{self.part.name}' contradicts the published md5 of '{name}'.",
-                "The checklist is damaged, or belongs to another version of the files.",
-                f"Remove the checklist in '{self.directory}' and download again, "
-                "from another source.",
-            )
+            what = f"The checklist of '{self.part.name}' contradicts the published md5 of '{name}'."
+            fix = f"Remove it in '{self.directory}' and download again, from another source."
+            raise DamagedFile(what, "", fix, finding="damaged-file")
         return replace(facts, md5=facts.md5 or md5)
 
-    def _bring_file(self, name: str, facts: FileFacts) -> None:
+    def _bring_file(self, name: str, facts: catalog.FileFacts) -> None:
         """Try every source, and in each every form of the path, the one that worked last first."""
         failure: LabError | None = None
         (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
-        path_forms = {}
-        for path_form in (self._path_form, *PATH_FORMS):
-            path_forms.setdefault(sources.path_of(path_form, self.part.name, name), path_form)
+        forms = [f"{self.part.name}/{name}", name, name.rpartition("/")[2]]
+        last = forms[self._form]
         for source in self.sources:
-            for path, path_form in path_forms.items():
+            for path in dict.fromkeys([last, *forms]):
                 try:
                     self._bring_from(source, path, name, facts)
-                except NotHere as error:
-                    failure = failure or error.failure
+                except sources.NotHere as error:
+                    failure = failure or error.__cause__
                 except DamagedFile as error:
                     failure = failure or error  # a page in place of a "404", perhaps
                 else:
-                    self._path_form = path_form
+                    self._form = self._form if path == last else forms.index(path)
                     return
         raise failure or NotFound(
             f"'{name}' was not found in {' or '.join(map(sources.shown, self.sources))}.",
-            f"'{next(iter(path_forms))}' was tried there, and the shorter forms of that path.",
+            f"'{forms[0]}' was tried there, and the shorter forms of that path.",
             "Give the address of the directory that holds the file, as --source PART=WHERE.",
         )
 
-    def _bring_from(self, source: str, path: str, name: str, facts: FileFacts) -> None:
+    def _bring_from(self, source: str, path: str, name: str, facts: catalog.FileFacts) -> None:
         """Bring the file `path` of one source, out of the Hub's cache if it lies there."""
-        target, how = self.directory / name, (self._bar, self.connections, PIECE)
-        file_from = functools.partial(FileDownload, target, name, facts, *how)
-        if not sources.is_remote(source):
-            file = Path(source).expanduser() / path
-            if not file.is_file():
-                raise NotHere()
-            return file_from(str(file)).copy(COPIED_BELOW)
-        if source.startswith("hf:"):
-            if file := sources.cached(source, path):
-                try:
-                    return file_from(str(file)).copy(COPIED_BELOW)
-                except DamagedFile:
-                    say(f"'{path}' in the Hub cache is damaged; it is left there and fetched anew.")
-        return file_from(*sources.address(source, path)).fetch()
-
-    def _no_source(self) -> NotFound:
-        name, files = self.part.name, self.part.files
-        missing = [file for file in files if not (self.directory / file).is_file()]
-        return NotFound(
-            f"'{name}' has no default source (missing or wrong: {', '.join(missing or files)}).",
-            "Meta's weights are under a licence: you bring a licensed copy, we ship and link none.",
-            f"Run 'llamalab download {self.asked} --source {name}=WHERE', where WHERE is the "
-            "directory, address or hf:OWNER/REPO of your copy.",
-        )
+        what = (self.directory / name, name, facts, self._bar, self.connections, PIECE)
+        if file := sources.local_file(source, path):
+            try:
+                return FileDownload(*what, str(file), {}).copy(COPIED_BELOW)
+            except DamagedFile:
+                if not source.startswith("hf:"):
+                    raise
+                say(f"'{path}' in the Hub cache is damaged; it is left there and fetched anew.")
+        FileDownload(*what, *sources.address(source, path)).fetch()

@@ -34,7 +34,6 @@ def arrange(directory: Path, known: dict[str, FileFacts], files: dict[str, int])
     Left where they are: a file of another size than the published one, a link, one that two
     places could claim, one that has a rival of the same name.
     """
-    missing = [place for place in known if place not in files]
     spare = [n for n in files if n not in known and not (directory / n).is_symlink()]
 
     def candidates(place: str) -> list[str]:
@@ -43,13 +42,10 @@ def arrange(directory: Path, known: dict[str, FileFacts], files: dict[str, int])
         named = nested or [name for name in spare if name.rpartition("/")[2] == tail]
         return [name for name in named if known[place].size in (None, files[name])]
 
-    found = {place: candidates(place) for place in missing}
+    found = {place: candidates(place) for place in known if place not in files}
     claims = [name for names in found.values() for name in names]
-    return [
-        Move(names[0], place)
-        for place, names in sorted(found.items())
-        if len(names) == 1 and claims.count(names[0]) == 1
-    ]
+    alone = {place: names[0] for place, names in sorted(found.items()) if len(names) == 1}
+    return [Move(name, place) for place, name in alone.items() if claims.count(name) == 1]
 
 
 def apply(directory: Path, moves: list[Move]) -> None:

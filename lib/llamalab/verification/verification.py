@@ -1,44 +1,29 @@
 """Verifying: a whole directory held against what is published or recorded of its files."""
 
-import hashlib
-import math
+from __future__ import annotations
+
 import os
 import shlex
-import threading
 import time
-from collections.abc import Callable, Container
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from .. import catalog
+from .. import catalog, checkpoints
 from ..catalog import FileFacts, locate
-from ..checkpoints import (
-    RECORD,
-    SAFETENSORS_NAMES,
-    Checkpoint,
-    TensorSpec,
-    checklist_facts,
-    compare_file,
-    digest_tensors,
-    hash_file,
-    open_checkpoint,
-    raw_bytes,
-    read_json,
-    recognise_bases,
-    tensor_digest,
-)
+from ..checkpoints import RECORD, Checkpoint, TensorSpec
 from ..errors import LabError, NotFound
 from ..files import partial_of
 from ..progress import bytes_bar
 from ..reports import Report, Row
 from ..units import size_text
 from . import misplaced_files
-from .misplaced_files import Move
 
 TENSORS = "(tensors)"  # the row that speaks of all of them
+WEIGHTS = (".safetensors", ".bin", ".pth", ".index.json")  # how the names of their files end
 FIRST = 10  # tensors that differ which are named; the rest are counted
 
 
@@ -57,7 +42,7 @@ class Verification(Report):
     path: Path
     rows: tuple[Row, ...]
     parts: tuple[str, ...] = ()
-    moves: tuple[Move, ...] = ()
+    moves: tuple[misplaced_files.Move, ...] = ()
     bytes: int = 0
     seconds: float = 0.0
     read_share: float = 0.0
@@ -119,18 +104,18 @@ def _verify_against(directory: Path, other: Path) -> Verification:
     """Compare with another directory: tensors one by one if both have them, else file by file."""
     rows, covered = [], {RECORD}  # how they were made may differ
     try:
-        ours, theirs = open_checkpoint(directory), open_checkpoint(other)
+        ours, theirs = checkpoints.open_checkpoint(directory), checkpoints.open_checkpoint(other)
     except LabError:
         pass  # an adapter, or files that are no model: bytes are compared
     else:
         rows = _compare_tensors(ours, theirs)
         for root, checkpoint in ((directory, ours), (other, theirs)):
             inside = [file for file in checkpoint.inputs if file.is_relative_to(root)]
-            covered |= {file.relative_to(root).as_posix() for file in inside if _is_weights(file)}
-    known = {
-        name: FileFacts(size, sha256=hash_file(other / name)["sha256"])
-        for name, size in _files(other, covered).items()
-    }
+            weights = [file for file in inside if file.name.endswith(WEIGHTS)]
+            covered |= {file.relative_to(root).as_posix() for file in weights}
+    known = {}
+    for name, size in _files(other, covered).items():
+        known[name] = FileFacts(size, sha256=checkpoints.hash_file(other / name)["sha256"])
     return _report(directory, _files(directory, covered), known, rows)
 
 
@@ -139,25 +124,23 @@ def _verify_made(directory: Path) -> Verification:
 
     All tensors together have one row; a container's bytes may differ where its tensors do not.
     """
-    record = read_json(directory / RECORD)
+    record = checkpoints.read_json(directory / RECORD)
     small = record.get("settings", {}).get("files", {})
     known = {name: FileFacts(sha256=sha256) for name, sha256 in small.items()}
     expected, covered = f"tensors {record.get('tensor_digest', '')}", {RECORD}
     try:
-        made = open_checkpoint(directory)
+        made = checkpoints.open_checkpoint(directory)
         covered |= {path.name for path in made.inputs} - known.keys()
         with bytes_bar(made.total_bytes, "tensors") as bar:
-            sums = digest_tensors(made, bar.update)
-    except LabError as error:
-        row = Row("WRONG", TENSORS, "", expected, error.why or error.what)
-    else:
-        found = "tensors " + tensor_digest({n: (made.tensors[n], sha) for n, sha in sums.items()})
+            sums = checkpoints.digest_tensors(made, bar.update)
+        digest = checkpoints.tensor_digest({n: (made.tensors[n], sha) for n, sha in sums.items()})
         recorded = record.get("tensors", {})
         changed = [n for n in sorted(sums | recorded) if sums.get(n) != recorded.get(n)]
-        cause = ""
-        if changed:
-            cause = f"{len(changed)} of {len(sums)} tensors differ, {changed[0]} first."
-        row = Row("OK" if found == expected else "WRONG", TENSORS, found, expected, cause)
+        cause = _first_of(changed, sums) if changed else ""
+        status = "OK" if digest == record.get("tensor_digest") else "WRONG"
+        row = Row(status, TENSORS, f"tensors {digest}", expected, cause)
+    except LabError as error:
+        row = Row("WRONG", TENSORS, "", expected, error.why or error.what)
     return _report(directory, _files(directory, covered), known, [row])
 
 
@@ -165,9 +148,9 @@ def _verify_published(directory: Path, as_name: str | None, fix: bool) -> Verifi
     """Compare with what the catalogue and the directory's own checklists say of its files."""
     catalogue, files = catalog.parts(), _files(directory)
     part = catalogue.get(as_name or directory.name)
-    parts = [part] if part else recognise_bases(directory, files)
+    parts = [part] if part else checkpoints.recognise_bases(directory, files)
     inside = [part for part in catalogue.values() if (directory / part.name).is_dir()]
-    known, rows = checklist_facts(directory)
+    known, rows = checkpoints.checklist_facts(directory)
     of_size = [part for part in parts if part.folder == directory.name and "params.json" in files]
     if of_size:  # the size folder itself: the part is the directory above, with what else is its
         prefix, directory = f"{directory.name}/", directory.parent
@@ -184,71 +167,55 @@ def _verify_published(directory: Path, as_name: str | None, fix: bool) -> Verifi
     published |= {f"{part.name}/{n}": f for part in inside for n, f in part.files.items()}
     for name, facts in published.items():
         known[name] = replace(facts, md5=facts.md5 or known.get(name, FileFacts()).md5)
-    known |= {move.found: known[move.place] for move in moves}
-    report = _report(directory, files, known, rows)
-    lies_at = {move.place: f"It lies at '{move.found}'; --fix moves it." for move in moves}
-    rows = tuple(replace(row, cause=lies_at.get(row.name, row.cause)) for row in report.rows)
+    for move in moves:
+        known[move.found] = known[move.place]
+        cause = f"It lies at '{move.found}'; --fix moves it."
+        rows.append(Row("MISSING", move.place, cause=cause))
     names = dict.fromkeys(part.name for part in [*parts, *inside])
-    return replace(report, rows=rows, parts=tuple(names), moves=tuple(moves))
+    report = _report(directory, files, known, rows)
+    return replace(report, parts=tuple(names), moves=tuple(moves))
 
 
 def _report(
     directory: Path, files: dict[str, int], known: dict[str, FileFacts], rows: list[Row]
 ) -> Verification:
-    """Compare one by one the files that are there or known, but for those that `rows` speak of."""
+    """Compare in parallel the files that are there or known, but those that `rows` speak of."""
     names = sorted((files.keys() | known.keys()) - {row.name for row in rows})
     if not names and not rows:
         raise NotFound(f"There is no file in '{directory}'.", "", "Give the directory of a model.")
-    compared, spent = _compare_files(directory, names, known, sum(files.values()))
-    if any(row.name == TENSORS for row in rows):
-        spent = ()  # the larger part was read elsewhere
-    rows = sorted([*rows, *compared], key=lambda row: row.name)
-    return Verification(directory, tuple(rows), (), (), *spent)
+    start, counts, reads, busy = time.perf_counter(), [], [], []
+
+    def advance(count: int) -> None:
+        counts.append(count)
+        with bar.get_lock():  # files are read side by side
+            bar.update(count)
+
+    def compare(name: str) -> Row:
+        began, facts = time.perf_counter(), known.get(name, FileFacts())
+        row = checkpoints.compare_file(directory / name, name, facts, advance, on_read=reads.append)
+        busy.append(time.perf_counter() - began)
+        return row
+
+    total = sum(files.values())
+    with bytes_bar(total, directory.name) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = sorted([*rows, *pool.map(compare, names)], key=lambda row: row.name)
+    report = Verification(directory, tuple(rows))
+    if not counts or any(row.name == TENSORS for row in rows):
+        return report  # nothing was read, or the larger part elsewhere
+    seconds = time.perf_counter() - start
+    return replace(report, bytes=sum(counts), seconds=seconds, read_share=sum(reads) / sum(busy))
 
 
-def _compare_files(
-    directory: Path, names: list[str], known: dict[str, FileFacts], total: int
-) -> tuple[list[Row], tuple[int, float, float]]:
-    """Compare files in parallel; return the rows, and (bytes, seconds, share spent on reading)."""
-    lock, start, bar = threading.Lock(), time.perf_counter(), bytes_bar(total, directory.name)
-
-    def compare(name: str) -> tuple[Row, int, float, float]:
-        counts, reads, began = [], [], time.perf_counter()
-
-        def advance(count: int) -> None:
-            counts.append(count)
-            with lock:
-                bar.update(count)
-
-        facts = known.get(name, FileFacts())
-        row = compare_file(directory / name, name, facts, advance, on_read=reads.append)
-        return row, sum(counts), sum(reads), time.perf_counter() - began
-
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        compared = list(pool.map(compare, names))
-    count, reading, busy = (sum(each[i] for each in compared) for i in (1, 2, 3))
-    seconds = time.perf_counter() - start if count else 0.0
-    return [row for row, *_ in compared], (count, seconds, reading / busy if busy else 0.0)
-
-
-def _files(directory: Path, but: Container[str] = ()) -> dict[str, int]:
+def _files(directory: Path, but: Collection[str] = ()) -> dict[str, int]:
     """Return {path inside `directory`: bytes}, without downloads that are still under way."""
-    files = {
-        file.relative_to(directory).as_posix(): file.stat().st_size
-        for file in sorted(directory.rglob("*"))
-        if file.is_file() and not _is_unfinished(file)
-    }
-    return {name: size for name, size in files.items() if name not in but}
-
-
-def _is_unfinished(file: Path) -> bool:
-    """Whether a file is a download under way, or the sidecar of one."""
-    partial = file.with_suffix("") if file.suffix == ".json" else file
-    return partial == partial_of(partial.with_suffix(""))
-
-
-def _is_weights(file: Path) -> bool:
-    return file.name.endswith((".safetensors", ".bin", ".pth", ".index.json"))
+    files = {}
+    for file in sorted(directory.rglob("*")):
+        name = file.relative_to(directory).as_posix()
+        partial = file.with_suffix("") if file.suffix == ".json" else file  # of which it speaks
+        is_unfinished = partial == partial_of(partial.with_suffix(""))
+        if file.is_file() and not is_unfinished and name not in but:
+            files[name] = file.stat().st_size
+    return files
 
 
 def _compare_tensors(ours: Checkpoint, theirs: Checkpoint) -> list[Row]:
@@ -263,48 +230,48 @@ def _compare_tensors(ours: Checkpoint, theirs: Checkpoint) -> list[Row]:
             mine, other = ours.tensors.get(name), theirs.tensors.get(name)
             cause = ""
             if mine and other and mine.shape == other.shape:
-                cause, sha256 = _compare_tensor(ours, theirs, name, bar.update)
+                cause, sha256 = _compare_tensor(ours, theirs, name, bar)
                 sums[name] = (mine, sha256)
             if cause or mine != other:
                 differ.append(Row("WRONG", name, _described(mine), _described(other), cause))
     if not differ:
-        return [Row("OK", TENSORS, *[f"tensors {tensor_digest(sums)}"] * 2)]
+        return [Row("OK", TENSORS, *[f"tensors {checkpoints.tensor_digest(sums)}"] * 2)]
+    cause = _first_of([row.name for row in differ], names)
     if ours.layout != theirs.layout:
         cause = "One is in Meta layout and one in HF layout: convert the one, then compare."
-        return [Row("WRONG", TENSORS, cause=cause)]
-    cause = f"{len(differ):,} of {len(names):,} tensors differ, {differ[0].name} first."
+        differ = []
     return [Row("WRONG", TENSORS, cause=cause), *differ[:FIRST]]
+
+
+def _first_of(differ: list[str], names: Collection[str]) -> str:
+    return f"{len(differ):,} of {len(names):,} tensors differ, {differ[0]} first."
 
 
 def _described(tensor: TensorSpec | None) -> str:
     if tensor is None:
         return "absent"
-    return f"{SAFETENSORS_NAMES[tensor.dtype]} {'x'.join(map(str, tensor.shape))}"
+    return f"{checkpoints.SAFETENSORS_NAMES[tensor.dtype]} {'x'.join(map(str, tensor.shape))}"
 
 
-def _compare_tensor(
-    ours: Checkpoint, theirs: Checkpoint, name: str, on_bytes: Callable[[int], object]
-) -> tuple[str, str]:
-    """Return how a tensor that both have in one shape differs, or "", and the sha256 of ours."""
-    spec, sha256, count, most = ours.tensors[name], hashlib.sha256(), 0, 0.0
+def _compare_tensor(ours: Checkpoint, theirs: Checkpoint, name: str, bar) -> tuple[str, str]:
+    """Return how a tensor that both have in one shape differs, or "", and the sha256 of ours.
+
+    The most by which a value differs is infinite where one is NaN.
+    """
+    spec, digests, count, most = ours.tensors[name], checkpoints.Digests(["sha256"]), 0, 0.0
     for start, stop in spec.blocks():
-        block = ours.read(name, start, stop)
-        changed, distance = _difference(block, theirs.read(name, start, stop))
-        sha256.update(raw_bytes(block))
-        count, most = count + changed, max(most, distance)
-        on_bytes(block.nbytes)
-    cause = f"{count:,} of {math.prod(spec.shape):,} values differ, by {most:.3g} at most."
-    return cause if count or spec != theirs.tensors[name] else "", sha256.hexdigest()
-
-
-def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[int, float]:
-    """Return how many values differ, and the most by which one does (infinite where one is NaN)."""
-    if ours.dtype == theirs.dtype:  # by their bits, so that a NaN equals itself
-        kind = {2: torch.int16, 4: torch.int32}[ours.dtype.itemsize]
-        changed = ours.contiguous().view(kind) != theirs.contiguous().view(kind)
-    else:
-        changed = ours.float() != theirs.float()
-    distances = (ours[changed].double() - theirs[changed].double()).abs()
-    if not len(distances):
-        return 0, 0.0
-    return len(distances), float(distances.nan_to_num(nan=math.inf, posinf=math.inf).max())
+        block, other = ours.read(name, start, stop), theirs.read(name, start, stop)
+        digests.update(checkpoints.raw_bytes(block))
+        if block.dtype == other.dtype:  # by their bits, so that a NaN equals itself
+            kind = {2: torch.int16, 4: torch.int32}[block.dtype.itemsize]
+            changed = block.contiguous().view(kind) != other.contiguous().view(kind)
+        else:
+            changed = block.float() != other.float()
+        distances = (block[changed].double() - other[changed].double()).abs()
+        if len(distances):
+            count += len(distances)
+            most = max(most, float(distances.nan_to_num(nan=torch.inf, posinf=torch.inf).max()))
+        bar.update(block.nbytes)
+    cause = f"{count:,} of {torch.Size(spec.shape).numel():,} values differ, by {most:.3g} at most."
+    differ = count or spec != theirs.tensors[name]
+    return cause if differ else "", digests.hexdigests()["sha256"]
