@@ -1,7 +1,5 @@
 """Where files come from: what a WHERE means, and which address a file has there."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ A model is its parts, a part its files; each file is asked for at every source, 
 its path, until one has it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 

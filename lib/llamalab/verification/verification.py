@@ -1,7 +1,5 @@
 """Verifying: a whole directory held against what is published or recorded of its files."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import time

@@ -4,8 +4,6 @@ What ipywidgets cannot do, clicks on tokens and keys, is done by two small widge
 Tested in JupyterLab 4 and, as a page, in Voilà.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import ipywidgets as widgets
