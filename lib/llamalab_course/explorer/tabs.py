@@ -1,5 +1,7 @@
 """The explorer's three tabs: ask in columns, talk, look at what was answered before."""
 
+from __future__ import annotations
+
 import random
 import time
 from collections.abc import Callable, Sequence
