@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-from llamalab.environment import disk_free, memory_available
 
 import harness
 import made_up_weights
@@ -30,6 +29,7 @@ from llamalab.catalog import sizes
 from llamalab.catalog.catalog import ModelEntry, Part
 from llamalab.catalog.models_dir import project_directory
 from llamalab.checkpoints.digests import hash_file
+from llamalab.environment import disk_free, memory_available
 from llamalab.units import size_text
 from llamalab_course.file_server import serve_files
 

@@ -118,7 +118,7 @@ def model_of(
             "Run: pip install 'llamalab[quantize]'",
         )
     _require_memory(view, where, chosen, quantize)
-    network = _network(view, where, chosen, quantize)
+    network = read_network(view, where, chosen, quantize)
     return Model(network, Tokenizer(view.tokenizer), view.made_of)
 
 
@@ -203,7 +203,8 @@ def fault_of(weights: torch.Tensor) -> str:
     return "are all zero" if total == 0 and not weights.any() else ""
 
 
-def _network(view: Checkpoint, where: torch.device, dtype: torch.dtype, quantize: str | None):
+def read_network(view: Checkpoint, where: torch.device, dtype: torch.dtype, quantize: str | None):
+    """Return transformers' network with the weights of `view`, block by block, on a device."""
     from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
