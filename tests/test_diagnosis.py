@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import llamalab
 import synthetic
-from llamalab import diagnosis
+from llamalab import diagnosis, surgery
 from llamalab.catalog.models_dir import project_directory
 from llamalab.checkpoints.layouts import HFCheckpoint
 from llamalab.diagnosis import PAGES, answer_loss, diagnose
@@ -362,7 +362,7 @@ def test_versions_that_break_this_path(lab, monkeypatch):
         keys = {"enable_lora": None, "merge_weights": False} if foreign else {}
         plain = Adapter(adapter)
         plain.config = plain.config | keys
-        monkeypatch.setattr(diagnosis, "Adapter", lambda path, a=plain: a)
+        monkeypatch.setattr(surgery, "Adapter", lambda path, a=plain: a)
         assert diagnose(lab / "llama-lab", adapter, quick=True).names == expected, number
 
 

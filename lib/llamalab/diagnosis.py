@@ -22,24 +22,13 @@ import tokenizers
 import torch
 from packaging.specifiers import SpecifierSet
 
-from . import catalog
+from . import catalog, surgery
 from .catalog import locate
 from .checkpoints import Checkpoint, open_checkpoint, read_json
 from .errors import LabError, findings
 from .inference import Model, fault_of, model_of, pick_device, render_text, template_mistake
 from .progress import bytes_bar
 from .reports import Report, Row
-from .surgery import (
-    Adapter,
-    Tokenizer,
-    adapter_list,
-    appended,
-    as_hf,
-    fitting_model,
-    permute,
-    unpermute,
-    with_adapters,
-)
 
 PAGES = (
     "What is the capital of France? The capital of France is Paris.\n"
@@ -120,23 +109,23 @@ def diagnose(
         NotFound, UsageError: there is nothing under one of the names, or no such device.
     """
     pick_device(device)
-    adapters = [locate(item, models_dir) for item in adapter_list(lora_model)]
+    adapters = [locate(item, models_dir) for item in surgery.adapter_list(lora_model)]
     case = _Case(locate(base_model, models_dir), adapters)
-    view = case.look("layout", lambda: as_hf(open_checkpoint(case.directory)))
-    opened = [case.look("adapters", Adapter, path) for path in adapters]
+    view = case.look("layout", lambda: surgery.as_hf(open_checkpoint(case.directory)))
+    opened = [case.look("adapters", surgery.Adapter, path) for path in adapters]
     if adapters and view and all(opened):
-        view = case.look("adapters", with_adapters, view, opened) or view
+        view = case.look("adapters", surgery.with_adapters, view, opened) or view
     if view is None:
         return case.end("The weights could not be opened.")
     # From here on, each check goes on only where it would not tell an earlier fault again.
     if adapters and not case.findings:
         case.look("adapters", _check_new_pieces, opened, view)
     if not case.findings:
-        case.look("tokenizer", fitting_model, view)
+        case.look("tokenizer", surgery.fitting_model, view)
         case.look("dtypes", _check_dtypes, view)
     sound = not case.findings
     # Rows can be added for speed: it is the pieces that tell the family.
-    rows = len(Tokenizer(view.tokenizer)) if sound else view.vocab_size
+    rows = len(surgery.Tokenizer(view.tokenizer)) if sound else view.vocab_size
     family = catalog.family_of(view.made_of, rows)
     if sound:
         _look_around(case, view, prompt, bool(with_prompt))
@@ -210,11 +199,7 @@ def _subject(view: Checkpoint, family: str) -> str:
     return f"{made}: {view.vocab_size:,} rows, {told}."
 
 
-def _found(name: str, evidence: str, why: str = "", fix: str = "") -> LabError:
-    return LabError(evidence, why, fix, finding=name)
-
-
-def _check_versions(adapters: Sequence[Adapter | None]) -> None:
+def _check_versions(adapters: Sequence[surgery.Adapter | None]) -> None:
     keys = set().union(*(adapter.config for adapter in adapters if adapter))
     for package, versions, what, needed in _BREAKING:
         try:
@@ -223,24 +208,18 @@ def _check_versions(adapters: Sequence[Adapter | None]) -> None:
             continue
         broken = SpecifierSet(versions).contains(installed, prereleases=True)
         if broken and needed <= keys:
-            raise _found(
-                "versions",
-                f"{package} {installed} is installed; it {what}.",
-                "llamalab merges without it; scripts that merge with it may give other weights.",
-            )
+            raise LabError(f"{package} {installed} is installed; it {what}.", finding="versions")
 
 
-def _check_new_pieces(adapters: Sequence[Adapter], view: Checkpoint) -> None:
+def _check_new_pieces(adapters: Sequence[surgery.Adapter], view: Checkpoint) -> None:
     """Hold an adapter that promises no embeddings to the tokenizer that lies beside it."""
     for adapter in adapters:
         if adapter.tokenizer and not adapter.whole:
-            pieces = len(Tokenizer(adapter.tokenizer))
+            pieces = len(surgery.Tokenizer(adapter.tokenizer))
             if pieces > view.vocab_size:
-                raise _found(
-                    "adapter-without-embeddings",
-                    f"{adapter.tokenizer} has {pieces:,} pieces, the model has "
-                    f"{view.vocab_size:,} rows, and the adapter brings no embeddings.",
-                )
+                what = f"{adapter.tokenizer} has {pieces:,} pieces, the model has "
+                what += f"{view.vocab_size:,} rows, and the adapter brings no embeddings."
+                raise LabError(what, finding="adapter-without-embeddings")
 
 
 def _check_bos(case: _Case, view: Checkpoint) -> None:
@@ -252,11 +231,8 @@ def _check_bos(case: _Case, view: Checkpoint) -> None:
     directory = case.directory
     if not (directory / "config.json").is_file():
         if (directory / "tokenizer_config.json").is_file():
-            raise _found(
-                "meta-weights",
-                f"{directory} holds Meta's weights beside transformers' tokenizer_config.json.",
-                "transformers finds no config.json here, and no weights under its names.",
-            )
+            what = f"{directory} holds Meta's weights beside transformers' tokenizer_config.json."
+            raise LabError(what, finding="meta-weights")
         case.notes.append(
             "Weights in Meta layout. transformers does not read them ('does not appear to have a "
             f"file named config.json'): for it, llamalab convert --input-dir {directory}."
@@ -267,8 +243,9 @@ def _check_bos(case: _Case, view: Checkpoint) -> None:
         try:
             begins = tokenizers.Tokenizer.from_file(str(fast)).encode("a").ids[0]
         except Exception as error:  # a bare Exception is all that the library raises
-            raise _found("damaged-file", f"{fast} cannot be read: {error}.") from None
-        adds_bos = begins == Tokenizer(view.tokenizer).bos
+            what = f"{fast} cannot be read: {error}."
+            raise LabError(what, finding="damaged-file") from None
+        adds_bos = begins == surgery.Tokenizer(view.tokenizer).bos
         seen, mend = f"{fast.name} does not begin a text with BOS.", "Make the model again."
     else:
         config_json = read_json(config) if config.is_file() else {}
@@ -277,19 +254,15 @@ def _check_bos(case: _Case, view: Checkpoint) -> None:
         seen += "add_bos_token." if config.is_file() else "tokenizer.json."
         mend = 'Put "add_bos_token": true into tokenizer_config.json, or make the model again.'
     if not adds_bos:
-        raise _found(
-            "no-bos",
-            f"In {directory}, {seen}",
-            "Plain transformers gives the model texts without BOS, which it was never trained on.",
-            mend,
-        )
+        raise LabError(f"In {directory}, {seen}", fix=mend, finding="no-bos")
 
 
 def _check_dtypes(view: Checkpoint) -> None:
     dtypes = {spec.dtype: name for name, spec in view.tensors.items()}
     if len(dtypes) > 1:
         seen = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
-        raise _found("unexpected-dtype", f"The weights are of {len(dtypes)} dtypes: {seen}.")
+        what = f"The weights are of {len(dtypes)} dtypes: {seen}."
+        raise LabError(what, finding="unexpected-dtype")
 
 
 def _check_template(case: _Case, family: str, with_prompt: bool | None) -> None:
@@ -305,19 +278,18 @@ def _check_template(case: _Case, family: str, with_prompt: bool | None) -> None:
         template = "alpaca" if with_prompt else "none"
         if mistake := template_mistake(family, template):
             name = "template-on-llama" if family == "llama" else "no-template"
-            raise _found(name, mistake)
+            raise LabError(mistake, finding=name)
 
     case.look("template", check)
 
 
 def _check_prompt(view: Checkpoint, prompt: str, with_prompt: bool) -> None:
     text = render_text(prompt, "alpaca" if with_prompt else "none")
-    tokens = len(Tokenizer(view.tokenizer).encode(text))
+    tokens = len(surgery.Tokenizer(view.tokenizer).encode(text))
     context = view.config["max_position_embeddings"]
     if tokens >= context:
-        raise _found(
-            "long-prompt", f"The prompt has {tokens:,} tokens, and the context holds {context:,}."
-        )
+        what = f"The prompt has {tokens:,} tokens, and the context holds {context:,}."
+        raise LabError(what, finding="long-prompt")
 
 
 def _check_appended_rows(view: Checkpoint) -> None:
@@ -327,8 +299,8 @@ def _check_appended_rows(view: Checkpoint) -> None:
     at random: then their lengths hardly differ, by 1 / sqrt(2 d) of their mean in d dimensions.
     Trained rows differ several times as much.
     """
-    model = fitting_model(view)
-    first, last = appended(model), len(model.pieces)
+    model = surgery.fitting_model(view)
+    first, last = surgery.appended(model), len(model.pieces)
     if last - first < 8 or first < 8:
         return
     for name in (view.embedding, "lm_head.weight"):
@@ -342,11 +314,8 @@ def _check_appended_rows(view: Checkpoint) -> None:
             seen = f"vary in length by {new.spread:.1%}, as random ones do ({usual:.1%})"
         else:
             continue
-        raise _found(
-            "untrained-rows",
-            f"The {last - first:,} appended rows of {name} {seen}; the old ones vary by "
-            f"{old.spread:.1%}.",
-        )
+        what = f"The {last - first:,} appended rows of {name} {seen}; "
+        raise LabError(what + f"the old ones vary by {old.spread:.1%}.", finding="untrained-rows")
 
 
 class _Rows(NamedTuple):
@@ -379,11 +348,8 @@ def _check_values(view: Checkpoint) -> bool:
                 bar.update(block.nbytes)
             wrong = [fault for fault in faults if "zero" not in fault and fault]
             if wrong or all(faults):
-                raise _found(
-                    "unsound-values",
-                    f"The weights {name} {(wrong or faults)[0]}.",
-                    "Every answer passes through them, and none will mean anything.",
-                )
+                what = f"The weights {name} {(wrong or faults)[0]}."
+                raise LabError(what, finding="unsound-values")
     return True
 
 
@@ -399,8 +365,8 @@ def _check_order(case: _Case, view: Checkpoint, device: str) -> None:
         as_is = answer_loss(model)
         losses = {}
         for other, there, back in (
-            ("permuted once more", permute, unpermute),
-            ("permuted back", unpermute, permute),
+            ("permuted once more", surgery.permute, surgery.unpermute),
+            ("permuted back", surgery.unpermute, surgery.permute),
         ):
             _reorder(model, there)
             losses[other] = answer_loss(model)
@@ -410,12 +376,12 @@ def _check_order(case: _Case, view: Checkpoint, device: str) -> None:
         guess = torch.tensor(float(view.vocab_size)).log().item()
         if losses[best] < as_is - 1 and losses[best] < guess - 1:
             never = best == "permuted once more"
-            raise _found(
-                "q-k-order",
+            raise LabError(
                 f"The loss is {as_is:.2f} nats a token as it is, and {losses[best]:.2f} with the "
                 f"rows of q and k {best}.",
                 f"They were {'never permuted' if never else 'permuted twice'}: the model mixes up "
                 "which words are near each other.",
+                finding="q-k-order",
             )
 
     case.look("order of q and k", check)

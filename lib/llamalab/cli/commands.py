@@ -7,8 +7,8 @@ distributions add commands by the entry point group `llamalab.commands`.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import llamalab
@@ -50,14 +50,9 @@ def build_parser() -> Parser:
     text = "Find what makes the answers of a model meaningless."
     _add_diagnose(command("diagnose", _report, text))
     _add_export(command("export", _make, "Write a model as one file for llama.cpp."))
-    for point in _entry_points("llamalab.commands"):
+    for point in entry_points(group="llamalab.commands"):
         point.load()(command)
     return parser
-
-
-def _entry_points(group: str, name: str = "") -> Iterator[EntryPoint]:
-    """Yield what installed distributions offer under `group`."""
-    yield from (point for point in entry_points(group=group) if name in ("", point.name))
 
 
 def _call(options):
@@ -91,16 +86,9 @@ def _add_check(parser: Parser) -> None:
 def _models(options) -> int:
     rows = []
     for model in catalog.models().values():
-        need = catalog.needs(model)
-        rows.append(
-            {
-                "name": model.name,
-                "family": model.family,
-                "parts": [part.name for part in model.parts],
-                "download": need.download,
-                "memory": need.inference_memory,
-            }
-        )
+        need, parts = catalog.needs(model), [part.name for part in model.parts]
+        row = {"name": model.name, "family": model.family, "parts": parts}
+        rows.append(row | {"download": need.download, "memory": need.inference_memory})
     if options.json:
         print(json.dumps({"models": rows, "parts": list(catalog.parts())}))
         return 0
@@ -226,14 +214,8 @@ def _add_generate(parser: Parser) -> None:
     parser.add_argument("--gpus", metavar="0", help="the GPUs to be seen, by number")
     parser.add_argument("--dtype", default="auto", help="auto, float16, bfloat16 or float32")
     parser.add_argument("--quantize", choices=["8bit", "4bit"], help="less memory, less exact")
-    for bits in ("8bit", "4bit"):
-        parser.add_argument(
-            f"--load-in-{bits}",
-            dest="quantize",
-            action="store_const",
-            const=bits,
-            help=f"as --quantize {bits}",
-        )
+    for bits in ("8bit", "4bit"):  # as the field's scripts have it
+        parser.add_argument(f"--load-in-{bits}", dest="quantize", action="store_const", const=bits)
     parser.add_argument("--tokenizer-path", metavar="DIR", help="in place of the model's own")
     parser.add_argument("--force", action="store_true", help="allow an adapter applied twice")
     parser.add_argument("--show-settings", action="store_true", help="tell every one in effect")
@@ -258,7 +240,7 @@ def _generate(options) -> int:
     names = ("base_model", "lora_model", "device", "dtype", "quantize", "tokenizer_path")
     parts = {name: getattr(options, name) for name in (*names, "models_dir", "force")}
     if options.on:
-        (point,) = _entry_points("llamalab.answering", "ray")
+        (point,) = entry_points(group="llamalab.answering", name="ray")
         with point.load()(options.on, parts) as (model, answer):
             return _predict(model, sampling, options, answer)
     model = load(**parts)

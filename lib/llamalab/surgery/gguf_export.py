@@ -18,18 +18,7 @@ import numpy
 import torch
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from .. import catalog
-from ..checkpoints import (
-    Checkpoint,
-    DirectFile,
-    Made,
-    TensorSpec,
-    exclusive,
-    one_thread,
-    raw_bytes,
-    refuse_changed,
-    state_of,
-)
+from .. import catalog, checkpoints
 from ..errors import DamagedFile, Incompatible, LabWarning, NotFound, OutputExists, UsageError
 from ..files import require_room, sync_directory
 from ..progress import bytes_bar
@@ -60,7 +49,7 @@ def export(
     context_length: int | None = None,
     overwrite: bool = False,
     models_dir: str | Path = "",
-) -> Made:
+) -> checkpoints.Made:
     """Write a model, with adapters merged on the way if any are named, as one file for llama.cpp.
 
     The bytes depend on the tensors, the configuration, the tokenizer and `type` alone, and for a
@@ -96,7 +85,7 @@ def export(
     options = {"model_size": model_size, "context_length": context_length}
     view = compose(model, lora_model, models_dir=models_dir, **options)
     plan = _Plan(view, type, out.stem)
-    with exclusive(out) as partial:
+    with checkpoints.exclusive(out) as partial:
         unfinished = partial / "gguf.unfinished"
         unfinished.unlink(missing_ok=True)  # of a run that was cut off; it takes room
         already = out.exists() and plan.written_in(out)
@@ -107,7 +96,7 @@ def export(
             os.replace(unfinished, out)
             sync_directory(out.parent)
         seconds = time.monotonic() - began
-        return Made(out, len(plan.kinds), plan.size, seconds, already, type=type)
+        return checkpoints.Made(out, len(plan.kinds), plan.size, seconds, already, type=type)
 
 
 class _Plan:
@@ -119,7 +108,7 @@ class _Plan:
         size: bytes of the whole file.
     """
 
-    def __init__(self, checkpoint: Checkpoint, type: str, name: str):
+    def __init__(self, checkpoint: checkpoints.Checkpoint, type: str, name: str):
         self._view = view = as_meta(checkpoint)
         wanted = gguf.GGMLQuantizationType[type.upper()]
         self.kinds = {name: _kind(spec, wanted) for name, spec in view.tensors.items()}
@@ -156,7 +145,11 @@ class _Plan:
         """Whether `path` holds exactly this file; it is read up to the first difference."""
         if path.stat().st_size != self.size:
             return False
-        with open(path, "rb") as file, bytes_bar(self.size, "comparing") as bar, one_thread():
+        with (
+            open(path, "rb") as file,
+            bytes_bar(self.size, "comparing") as bar,
+            checkpoints.one_thread(),
+        ):
             for data in self._content():
                 if file.read(len(data)) != data:
                     return False
@@ -177,18 +170,18 @@ class _Plan:
             "The file is written whole before anything is replaced.",
             "Make room, or choose an --output on another disk.",
         )
-        inputs = [state_of(file) for file in dict.fromkeys(self._view.inputs)]
+        inputs = [checkpoints.state_of(file) for file in dict.fromkeys(self._view.inputs)]
         try:
             with (
-                one_thread(),
+                checkpoints.one_thread(),
                 bytes_bar(self.size, "exporting") as bar,
-                DirectFile(unfinished) as file,
+                checkpoints.DirectFile(unfinished) as file,
             ):
                 for data in self._content():
                     file.write(data)
                     bar.update(len(data))
             for entry in inputs:
-                refuse_changed(entry)
+                checkpoints.refuse_changed(entry)
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
@@ -198,7 +191,7 @@ def _padded(nbytes: int) -> int:
     return nbytes + -nbytes % gguf.GGUF_DEFAULT_ALIGNMENT
 
 
-def _kind(spec: TensorSpec, wanted):
+def _kind(spec: checkpoints.TensorSpec, wanted):
     """Return how a tensor is encoded: norms in fp32, matrices as `wanted` if their rows allow it."""
     if len(spec.shape) == 1:
         return gguf.GGMLQuantizationType.F32
@@ -219,10 +212,14 @@ def _encoded(name: str, block: torch.Tensor, kind) -> memoryview:
         )
     if kind == gguf.GGMLQuantizationType.Q8_0:
         return gguf.quants.quantize(block.float().numpy(), kind).reshape(-1).data
-    return raw_bytes(block.half() if kind == gguf.GGMLQuantizationType.F16 else block.float())
+    return checkpoints.raw_bytes(
+        block.half() if kind == gguf.GGMLQuantizationType.F16 else block.float()
+    )
 
 
-def _describe(writer, checkpoint: Checkpoint, params: dict, type: str, name: str) -> None:
+def _describe(
+    writer, checkpoint: checkpoints.Checkpoint, params: dict, type: str, name: str
+) -> None:
     """Add what llama.cpp must know besides the tensors: sizes, settings, the vocabulary."""
     made_of = checkpoint.made_of
     known = [m.name for m in catalog.models().values() if tuple(p.name for p in m.parts) == made_of]
