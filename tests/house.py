@@ -24,7 +24,7 @@ CORE = (
     "catalog/*", "checkpoints/*", "surgery/*", "inference/*",
 )  # fmt: skip
 BESIDE_THE_CORE = {"surgery/gguf_export", "inference/predictions", "inference/chat"}
-LIMITS = {"core": 3000, "lib": 8500, "module": 350, "function": 45, "class": 200}
+LIMITS = {"core": 3000, "lib": 8650, "module": 350, "function": 45, "class": 200}
 SEVERAL = {"main", "add"}  # what entry points call; every program has one
 SKIPPED = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,

@@ -101,7 +101,7 @@ def test_what_cannot_fit_is_refused_with_the_arithmetic_and_the_ways_out(alpaca,
     view = compose(alpaca)
     needed = sum(memory_needed(view, torch.float32).values())
     monkeypatch.setattr(loading, "memory_free", lambda where: needed - 1)
-    monkeypatch.setattr(loading, "_network", None)  # no weight is read
+    monkeypatch.setattr(loading, "read_network", None)  # no weight is read
     with pytest.raises(NotEnoughRoom) as caught:
         load(alpaca, device="cpu")
     text = str(caught.value)
