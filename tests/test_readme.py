@@ -21,6 +21,7 @@ ROOT = project_directory()
 README = (ROOT / "README.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_the_commands_run_from_any_directory_in_order(tmp_path):
     block = re.search(r"<!-- commands: run by [^>]*-->\n```\n(.*?)```", README, re.DOTALL)[1]
     lines = block.splitlines()

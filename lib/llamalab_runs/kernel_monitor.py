@@ -91,6 +91,7 @@ class KernelMonitor:
                 return
 
     def _look(self) -> None:
+        cell = self.cell  # before the look: the next cell's peak counts from its own beginning
         try:
             status = Path(f"/proc/{self._pid}/status").read_text()
             peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
@@ -99,7 +100,7 @@ class KernelMonitor:
                 peak = self._process.memory_info().rss
             except psutil.Error:
                 return
-        self.peaks[self.cell] = max(peak, self.peaks.get(self.cell, 0))
+        self.peaks[cell] = max(peak, self.peaks.get(cell, 0))
 
     def _own_memory(self) -> int:
         """Return the bytes that the kernel and its children hold, pages of files left out."""

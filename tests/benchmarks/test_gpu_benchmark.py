@@ -66,6 +66,7 @@ def rehearsed(tmp_path, *words: str) -> tuple[dict, str]:
     return json.loads(figures.read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_without_the_notebook_half(tmp_path):
     held, output = rehearsed(tmp_path, "--stages", "card,ours=eager/sdpa")
     names = [line["name"] for line in held["lines"]]

@@ -249,6 +249,7 @@ def lost_by_a_kill(folder, models, sha256, size, point, rate, connections):
 
 
 @pytest.mark.parametrize("connections", [1, 4])
+@pytest.mark.slow
 def test_a_kill_loses_at_most_the_last_second(tmp_path, connections):
     content, sha256 = served_in(tmp_path, 24_000_000)
     place = random.Random(7)

@@ -168,6 +168,7 @@ def terminal(request):
             one.process.wait()
 
 
+@pytest.mark.slow
 def test_talking_in_a_terminal(lab, terminal, tmp_path):
     talk = terminal("--base-model", lab / "chinese-alpaca-lab", "--interactive")
     talk.wait_for(r"several turns.*\n")
@@ -190,6 +191,7 @@ def test_talking_in_a_terminal(lab, terminal, tmp_path):
     assert [turn["prompt"] for turn in held] == ["苹果是植物吗", "它是什么？"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_the_answer_and_not_the_program(lab, terminal):
     # The base rambles up to its context, a second or more, when it is told not to end.
     words = ("--max-new-tokens", "250", "--temperature", "5", "--top-k", "0", "--top-p", "1")

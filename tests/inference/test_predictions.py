@@ -156,6 +156,7 @@ def test_a_batch_is_no_larger_than_memory_holds(model, monkeypatch):
         assert predictions.fitting_batch(model, 100) == rows
 
 
+@pytest.mark.slow
 def test_killed_at_random_points_it_ends_with_the_undisturbed_file(lab, questions, tmp_path):
     """Real processes, each killed as soon as the file has reached a random size."""
     data = tmp_path / "p.txt"

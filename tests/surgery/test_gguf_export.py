@@ -522,6 +522,7 @@ def length(path: Path) -> int:
 
 
 @pytest.mark.parametrize("type", gguf_export.TYPES)
+@pytest.mark.slow
 def test_killed_at_twenty_random_points(runs, large, tmp_path, type):
     out, chance = tmp_path / "m.gguf", random.Random(3)
     command = ["export", "--model", large, "--to", "gguf", "--type", type, "--output", out]
@@ -559,6 +560,7 @@ def test_interrupted_it_is_tidy(runs, large, tmp_path):
     assert "Traceback" not in runs.errors.read_text()
 
 
+@pytest.mark.slow
 def test_the_command_line(lab, tmp_path):
     base = ("export", "--model", "llama-lab", "--lora_model", "chinese-alpaca-lora-lab")
     done = command_line(
