@@ -227,3 +227,14 @@ def test_importing_is_quick_and_converting_needs_no_transformers(family, tmp_pat
     )
     arguments = [str(family / "base"), str(family / "llama-lora"), str(tmp_path / "out")]
     subprocess.run([sys.executable, "-c", script, *arguments], check=True, timeout=120)
+
+
+def test_relative_paths_are_the_current_directorys(tmp_path):
+    """A notebook resolves `models_dir` against the project; a shell's user means the directory."""
+    done = llamalab("download", "llama-lab", "--models-dir", "here", cwd=tmp_path, check=0)
+    assert done.stdout == f"{tmp_path / 'here' / 'llama-lab'}\n"
+    shutil.copytree(tmp_path / "here" / "llama-lab", tmp_path / "copy")
+    arguments = ["verify", "llama-lab", "--models-dir", "here", "--against", "copy"]
+    assert "WRONG" not in llamalab(*arguments, cwd=tmp_path, check=0).stdout
+    (tmp_path / "copy" / "lab" / "params.json").write_text("{}")
+    assert llamalab(*arguments, cwd=tmp_path).returncode == 1
