@@ -56,7 +56,7 @@ test: setup ## Check style and house rules, then run the tests, every notebook a
 	@$(IN_ENV) python -m pytest $(ARGS)
 
 # Without what starts notebooks, clusters, browsers, or kills what it starts.
-test-fast: setup ## The quick tests: two minutes and a half on two cores
+test-fast: setup ## Style, house rules, and the quick tests
 	@$(IN_ENV) ruff check lib tests benchmarks notebooks
 	@$(IN_ENV) python -m pytest -m "not heavy and not slow" $(ARGS)
 
